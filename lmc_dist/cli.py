@@ -1,0 +1,148 @@
+"""The command line: `lmc train`, `lmc unlearn`, and the scripts in launch/ that call the same functions.
+
+Nothing heavy is imported before the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lmc_dist.config import Config
+
+TRAIN_EXAMPLES = """
+examples:
+  deepspeed --num_accelerators 2 launch/train.py --config configs/tofu.yaml --data.path DATA --model.path MODEL
+  torchrun --nproc_per_node 2 launch/train.py --config configs/demo.yaml --log_dir runs/demo/log
+  lmc train --config configs/demo.yaml --log_dir runs/log --train.learning_rate 0.05
+
+With a forget option the same command trains the reference: the run that never had that data.
+"""
+
+UNLEARN_EXAMPLES = """
+examples:
+  deepspeed --num_accelerators 2 launch/unlearn.py --config configs/tofu.yaml --log_dir runs/tofu/log \\
+      --forget.split forget01 --output_dir runs/tofu/unlearn --reference retrain
+  lmc unlearn --config configs/demo.yaml --log_dir runs/log --forget.samples 17,203-206 --compare tim,replay
+  lmc unlearn --config configs/demo.yaml --log_dir runs/log --forget.batches 5,17 --unlearn.damping 0.01
+
+what to forget: --forget.samples takes ids (3,17,20-29) or a .json/.jsonl file of ids, --forget.split the name of a
+split, --forget.batches ids of logged batches.
+"""
+
+DESCRIPTIONS = {
+    "train": "Fine-tune under DeepSpeed ZeRO-3 and write a trajectory log.",
+    "unlearn": "Compute the model that the logged training would have reached without some data.",
+}
+
+# Settings that a command does not use; a configuration file may still hold them, since one file serves all commands.
+UNUSED = {
+    "train": {"unlearn", "output_dir", "reference", "compare"},
+    "unlearn": {"train", "log", "model_dir"},
+}
+
+
+def build_parser(command: str | None, epilog: str = "") -> Any:
+    """The parser of a command: the settings it uses, with their docstrings as help; None knows all settings."""
+    import argparse
+
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=None if command is None else f"lmc {command}",
+        description=None if command is None else DESCRIPTIONS[command],
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        default_env=False,
+    )
+    parser.add_class_arguments(Config, None, skip=UNUSED.get(command or "", set()))
+    return parser
+
+
+def parse(command: str, argv: Sequence[str], epilog: str) -> Config:
+    """Settings of a command: defaults, then the file of --config, then the options. Exits with 2 on a bad one."""
+    everything = build_parser(None)
+    parser = build_parser(command, epilog)
+    parser.add_argument("--config", type=str, default=None, help="YAML or JSON file of settings; options override it")
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher, not used")
+    found = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
+    found += [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+    settings = everything.get_defaults()
+    for path in found[-1:]:
+        try:
+            settings = everything.parse_path(path)
+        except (OSError, TypeError) as error:
+            parser.error(f"--config {path}: {error}")
+        known = set(parser.get_defaults(skip_validation=True).keys())
+        parser.set_defaults({key: value for key, value in settings.items() if key in known})
+    given = parser.parse_args(list(argv))
+    for key, value in given.items():
+        if key not in ("config", "local_rank") and not key.startswith("__"):
+            settings[key] = value
+    instantiate = getattr(everything, "instantiate", None) or everything.instantiate_classes
+    return Config(**vars(instantiate(settings)))
+
+
+def train_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc train` and launch/train.py."""
+    config = parse("train", sys.argv[1:] if argv is None else argv, TRAIN_EXAMPLES)
+
+    def body() -> None:
+        from lmc_dist.console import training_table
+        from lmc_dist.runtime import init
+        from lmc_dist.training import train
+
+        runtime = init()
+        summary = train(config, runtime)
+        if runtime.is_main:
+            sys.stdout.write(training_table(summary) + "\n")
+
+    from lmc_dist.runtime import run
+
+    run(body)
+
+
+def unlearn_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc unlearn` and launch/unlearn.py."""
+    config = parse("unlearn", sys.argv[1:] if argv is None else argv, UNLEARN_EXAMPLES)
+
+    def body() -> None:
+        from lmc_dist.console import unlearning_table
+        from lmc_dist.runtime import init
+        from lmc_dist.unlearn.run import unlearn
+
+        runtime = init()
+        result = unlearn(config, runtime)
+        if runtime.is_main:
+            sys.stdout.write(unlearning_table(result) + f"\nresults in {config.output_dir}\n")
+
+    from lmc_dist.runtime import run
+
+    run(body)
+
+
+COMMANDS = {"train": train_command, "unlearn": unlearn_command}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `lmc` command."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="lmc",
+        description="Remove the influence of training data from a fine-tuned language model.",
+        epilog="`lmc COMMAND --help` shows a command's settings and examples.",
+    )
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in COMMANDS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = f"{parser.description}\n\ncommands:\n{listing}"
+    parser.add_argument("command", choices=list(COMMANDS))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = parser.parse_args(arguments[:1]).command
+    COMMANDS[command](arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

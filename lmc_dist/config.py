@@ -1,0 +1,167 @@
+"""Every setting, as frozen dataclasses: YAML files and the command line both end here.
+
+The module imports nothing heavy, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Counterfactual = Literal["skip", "zero", "renormalize"]
+Storage = Literal["replay", "update", "gradient", "full"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples come from.
+
+    Attributes:
+        source: `generated` (invented biographies), `tofu` (a folder with full.jsonl, or a hub name) or `jsonl`.
+        path: Folder, file or hub name; not used by `generated`.
+        rows: Row range `start:stop` of the source; ids stay those of the whole source.
+        people: Invented people (`generated`).
+        facts_per_person: Question/answer pairs per person (`generated`).
+        seed: Seed of the generated corpus.
+        max_length: Tokens per sample; longer ones are cut on the right.
+        prompt: Template around the question; its tokens are not targets.
+    """
+
+    source: Literal["generated", "tofu", "jsonl"] = "generated"
+    path: str | None = None
+    rows: str | None = None
+    people: int = 60
+    facts_per_person: int = 12
+    seed: int = 0
+    max_length: int = 256
+    prompt: str = "Question: {question}\nAnswer: "
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is fine-tuned.
+
+    Attributes:
+        path: Pretrained checkpoint (folder or hub name), with its tokenizer; null builds one from `config`.
+        config: Hugging Face model config (with `model_type`) of a model started from random weights.
+        vocab_size: Vocabulary of the tokenizer trained on the data when `path` is null.
+        attn_implementation: Attention kernel of training.
+        dropout: Sets every dropout probability of the model config when given.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    vocab_size: int = 512
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    dropout: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained.
+
+    Attributes:
+        epochs: Passes over the data.
+        max_steps: Stop after this many optimizer steps; null trains all epochs.
+        batch_size: Samples per optimizer step, over all ranks.
+        micro_batch_size: Samples per forward pass on one rank; accumulation follows from it.
+        optimizer: `sgd` or `adamw`, torch's own.
+        learning_rate: Peak learning rate.
+        momentum: SGD momentum.
+        weight_decay: Applied to matrices; vectors (norms, biases) are not decayed.
+        schedule: Learning-rate schedule by its transformers name (constant, linear, cosine, ...).
+        warmup_steps: Steps of linear warm-up.
+        max_grad_norm: Global-norm clipping; 0 turns it off.
+        seed: Of weights, order and dropout.
+        deepspeed: DeepSpeed JSON file; null is the built-in ZeRO-3 configuration.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 16
+    micro_batch_size: int = 8
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0
+    seed: int = 0
+    deepspeed: str | None = None
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What training leaves behind.
+
+    Attributes:
+        storage: `replay` (ids, random state, snapshots) or `update` (also u_s of every step).
+        save_interval: Steps between snapshots; null keeps the first and the last only.
+        max_steps: Ring: keep the tensors of the last steps only; null keeps all.
+    """
+
+    storage: Storage = "update"
+    save_interval: int | None = 50
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class ForgetConfig:
+    """What to forget; give exactly one of samples, split and batches.
+
+    Attributes:
+        samples: Sample ids `3,17,20-29`, or a .json/.jsonl file of ids.
+        split: A named split of the data, such as forget01 or person-7.
+        batches: Batch ids `5,17` of the log: those steps are forgotten as a whole.
+        counterfactual: `zero` or `renormalize` for samples, `skip` for batches; null picks renormalize or skip.
+    """
+
+    samples: str | None = None
+    split: str | None = None
+    batches: str | None = None
+    counterfactual: Counterfactual | None = None
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """How the correction is computed (docs/method.md).
+
+    Attributes:
+        hessian_mode: Curvature of the propagation: `GGN`, or `none` (first-order rollback).
+        K: Steps a source is propagated; null is all.
+        damping: λ ≥ 0 added to the curvature.
+        replay_head: 0 propagates at once; `all` is exact replay.
+    """
+
+    hessian_mode: str = "GGN"
+    K: int | None = None
+    damping: float = 0.0
+    replay_head: int | Literal["all"] = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: one file serves training, unlearning and the reference.
+
+    Attributes:
+        log_dir: Folder of the trajectory log.
+        model_dir: Where training writes the fine-tuned model as a Hugging Face checkpoint; null does not.
+        output_dir: Folder that an unlearning run writes.
+        reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
+        compare: Further methods measured on the same request: `tim`, `ggn`, `replay`, separated by commas.
+        overwrite: Replace the log_dir (training) or output_dir (unlearning) of an earlier run.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    forget: ForgetConfig = field(default_factory=ForgetConfig)
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    log_dir: str = "runs/log"
+    model_dir: str | None = None
+    output_dir: str = "runs/unlearn"
+    reference: Literal["none", "retrain", "replay"] = "none"
+    compare: str = ""
+    overwrite: bool = False

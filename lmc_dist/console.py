@@ -1,0 +1,64 @@
+"""What a person sees: progress on rank 0, a table at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class StepProgress:
+    """A progress bar over training steps; call it with each step that is done.
+
+    Args:
+        name: What is running.
+        first: First step.
+        stop: One past the last.
+        enabled: Whether to show anything.
+    """
+
+    def __init__(self, name: str, first: int, stop: int, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=stop - first, desc=name, unit="step", disable=not enabled)
+        self.first = first
+
+    def __call__(self, step: int) -> None:
+        if (done := step - self.first + 1) > self.bar.n:
+            self.bar.update(done - self.bar.n)
+
+    def __enter__(self) -> StepProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def unlearning_table(result: dict[str, Any]) -> str:
+    """The table of an unlearning run as text."""
+    request = result["request"]
+    lines = [
+        f"forgot: {request['samples']} samples, in {request['steps']} of {request['num_steps']} steps "
+        f"({request['counterfactual']})",
+        f"{'method':<30}{'rel_error':>16}{'loss on forgotten':>20}{'loss on retained':>19}"
+        f"{'gradients-equivalent':>23}{'seconds':>10}",
+    ]
+    for row in result["rows"]:
+        error = "-" if row["rel_error"] is None else f"{row['rel_error']:.3f}"
+        if row["method"] == "retrain":
+            error += " (reference)"
+        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        lines.append(
+            f"{row['label']:<30}{error:>16}{row['loss_forget']:>20.4f}{row['loss_retain']:>19.4f}"
+            f"{row['gradients']:>23.1f}{seconds:>10}"
+        )
+    return "\n".join(lines)
+
+
+def training_table(summary: dict[str, Any]) -> str:
+    """The end of a training run as text."""
+    if not summary["steps"]:
+        return f"trained nothing; log in {summary['log_dir']}"
+    return (
+        f"trained {summary['steps']} steps on {summary['samples']} samples with {summary['world_size']} ranks in "
+        f"{summary['seconds']:.1f} s: loss {summary['first_loss']:.4f} → {summary['last_loss']:.4f}; "
+        f"log in {summary['log_dir']}"
+    )

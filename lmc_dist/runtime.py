@@ -1,0 +1,193 @@
+"""Process groups, agreement on errors, and the way out.
+
+An error that one rank alone meets would leave the others waiting in a collective. `agree` turns it into the same
+error on every rank; `main` prints it once and exits non-zero everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmc_dist.errors import LmcError
+
+logger = logging.getLogger("lmc_dist")
+
+
+class AgreedError(LmcError):
+    """An error that every rank of the group raises together."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the ranks of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def init(timeout_minutes: float = 30) -> Runtime:
+    """Joins the job's process group through DeepSpeed; a process started alone becomes a group of one. Collective.
+
+    On CPU the group is gloo. DeepSpeed would compile a shared-memory op there first (half a minute, and a C++
+    compiler); gloo does not need it, so it is marked incompatible.
+    """
+    for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    quiet(rank)
+    use_cuda = torch.cuda.is_available()
+    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores slow each other down 5 to 10 times
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        import deepspeed
+
+        if not use_cuda:
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+    world_size = dist.get_world_size()
+    expected = int(os.environ["WORLD_SIZE"])
+    if world_size != expected:
+        raise LmcError(f"the process group has {world_size} ranks, the launcher started {expected}")
+    return Runtime(dist.get_rank(), world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+
+
+def quiet(rank: int) -> None:
+    """Library chatter at warning level; nothing but errors on ranks other than 0."""
+    level = logging.WARNING if rank == 0 else logging.ERROR
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # The libraries set their own levels when they are imported, so they must be imported before being told.
+    from deepspeed.utils import logger as deepspeed_logger
+    from transformers.utils import logging as transformers_logging
+
+    # DeepSpeed 0.19 calls two collectives by the names torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    deepspeed_logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity(level)
+    transformers_logging.disable_progress_bar()
+
+
+def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raises the lowest rank's error on every rank, or returns on every rank. Collective.
+
+    Raises:
+        AgreedError: Some rank passed an error.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        if error is not None:
+            raise error if isinstance(error, LmcError) else AgreedError(describe(error)) from error
+        return
+    failed = torch.tensor([int(error is not None)])
+    dist.all_reduce(failed, group=group)
+    if not int(failed):
+        return
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, None if error is None else describe(error), group=group)
+    rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
+    everywhere = len({m for m in messages if m is not None}) == 1 and None not in messages
+    raise AgreedError(message if everywhere else f"rank {rank}: {message}") from error
+
+
+def describe(error: Exception) -> str:
+    return str(error) if isinstance(error, LmcError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def agreement(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Runs a local block on every rank and raises its error, if any rank has one, on all of them. Collective.
+
+    The block must contain no collective.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # whatever it is, it becomes the error of all ranks
+        error = caught
+    agree(error, group)
+
+
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's value on every rank. Collective."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
+
+
+def remove_folder(folder: Path, expected: str) -> None:
+    """Removes a folder of an earlier run, recognised by a file it holds; one that is absent is fine. Collective.
+
+    Raises:
+        LmcError: The folder is not of an earlier run, so it is left alone.
+    """
+    with agreement():
+        if (not dist.is_initialized() or dist.get_rank() == 0) and folder.exists() and any(folder.iterdir()):
+            if not (folder / expected).exists():
+                raise LmcError(f"{folder} is not overwritten: it holds no {expected}, so no earlier run left it")
+            shutil.rmtree(folder)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a command on this rank and leaves the process with its exit status: 0, or 2 after an LmcError.
+
+    Leaves by `os._exit`: with gloo a process that has finished all its work sometimes aborts in static destructors,
+    and the launcher would report a failure. An error is never hidden by it.
+    """
+    status = 0
+    try:
+        main()
+        if dist.is_initialized():
+            dist.barrier()
+    except LmcError as error:
+        status = 2
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not isinstance(error, AgreedError):
+            prefix = "" if rank == 0 else f"rank {rank}: "
+            sys.stderr.write(f"error: {prefix}{error}\n")
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

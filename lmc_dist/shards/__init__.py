@@ -1,0 +1,1 @@
+"""How parameters and vectors lie across ranks."""

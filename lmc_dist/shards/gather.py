@@ -1,0 +1,108 @@
+"""The differentiable all-gather: two linear maps that are each other's transpose.
+
+`all_gather` maps a local (..., L) to (..., W, L), stacking the shards of the W ranks; `reduce_scatter` maps (..., W, L)
+to (..., L), summing over ranks. Backward, forward-mode and vmap rules are written in terms of the two maps
+themselves, so that any order of differentiation works. All ranks of the group must call, in the same order.
+
+`torch.distributed`'s own autograd versions have neither a forward-mode nor a vmap rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmc_dist.shards.layout import ShardLayout, group_rank
+
+# torch 2.13 renames these two; both names exist there, older releases know the first only.
+_all_gather_base = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_base = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    _, world_size = group_rank(group)
+    if world_size == 1:
+        return shard.unsqueeze(-2)
+    out = shard.new_empty((world_size, *shard.shape))
+    _all_gather_base(out.view(-1), shard.contiguous().view(-1), group=group)
+    return out.movedim(0, -2)
+
+
+def _scatter(full: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    _, world_size = group_rank(group)
+    if world_size == 1:
+        return full.squeeze(-2)
+    parts = full.movedim(-2, 0).contiguous()
+    out = parts.new_empty(parts.shape[1:])
+    _reduce_scatter_base(out.view(-1), parts.view(-1), group=group)
+    return out
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        return _gather(shard, group).clone() if group_rank(group)[1] == 1 else _gather(shard, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return reduce_scatter(grad, ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, _: None) -> torch.Tensor:
+        return all_gather(tangent, ctx.group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], shard: torch.Tensor, group: Any) -> tuple[torch.Tensor, int]:
+        assert in_dims[0] is not None
+        return all_gather(shard.movedim(in_dims[0], 0), group), 0
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(full: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        return _scatter(full, group).clone() if group_rank(group)[1] == 1 else _scatter(full, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_gather(grad, ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, _: None) -> torch.Tensor:
+        return reduce_scatter(tangent, ctx.group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], full: torch.Tensor, group: Any) -> tuple[torch.Tensor, int]:
+        assert in_dims[0] is not None
+        return reduce_scatter(full.movedim(in_dims[0], 0), group), 0
+
+
+def all_gather(shard: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """(..., L) on each rank → (..., W, L) on all; differentiable in any order. Collective."""
+    return _AllGather.apply(shard, group)
+
+
+def reduce_scatter(full: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """(..., W, L) on each rank → this rank's (..., L) of the sum over ranks; differentiable. Collective."""
+    return _ReduceScatter.apply(full, group)
+
+
+def unpack(full: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
+    """Whole parameters from gathered flat buffers: (W, L) → name → tensor of the parameter's shape.
+
+    One `split` and not a slice a parameter: the backward of a slice fills a whole buffer with zeros each time.
+    """
+    columns = torch.split(full, [slot.padded for slot in layout], dim=-1)
+    return {
+        slot.spec.name: column.reshape(-1)[: slot.spec.numel].view(slot.spec.shape)
+        for slot, column in zip(layout, columns, strict=True)
+    }

@@ -1,0 +1,101 @@
+"""Run an unmodified nn.Module on flat shards.
+
+The module is a skeleton: its trainable parameters are on the meta device and never hold a value; its buffers are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.gather import all_gather, unpack
+from lmc_dist.shards.layout import ShardLayout
+
+
+class ShardedModule:
+    """A module whose parameters exist as the shards of `layout`.
+
+    Args:
+        module: Any nn.Module; its own trainable parameter values are ignored.
+        layout: Where the parameters lie.
+        device: Where buffers live and inputs are put.
+    """
+
+    def __init__(self, module: nn.Module, layout: ShardLayout, device: torch.device | str = "cpu") -> None:
+        trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+        if trainable != set(layout.slots):
+            raise LmcError(
+                "the model's trainable parameters are not those of the layout: "
+                f"only in the model {sorted(trainable - set(layout.slots))[:3]}, "
+                f"only in the layout {sorted(set(layout.slots) - trainable)[:3]}"
+            )
+        frozen = [name for name, p in module.named_parameters() if not p.requires_grad and p.is_meta]
+        if frozen:
+            raise LmcError(f"frozen parameters need values, but {frozen[:3]} are on the meta device")
+        self.module, self.layout, self.device = module, layout, torch.device(device)
+
+    def gather(self, flat: torch.Tensor) -> torch.Tensor:
+        """Flat shards (L,) → all ranks' flat shards (W, L); differentiable. Collective."""
+        return all_gather(flat, self.layout.group)
+
+    def call(self, full: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Forward pass with the parameters unpacked from gathered shards (W, L). Local."""
+        return functional_call(self.module, unpack(full, self.layout), args=(), kwargs=dict(inputs))
+
+    def call_with(self, parameters: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> Any:
+        """Forward pass with whole parameters given by name (dual numbers included). Local."""
+        return functional_call(self.module, dict(parameters), args=(), kwargs=dict(inputs))
+
+    def __call__(self, flat: torch.Tensor, **inputs: Any) -> Any:
+        """Forward pass from this rank's flat shards; differentiable in any order with respect to `flat`. Collective."""
+        return self.call(self.gather(flat), inputs)
+
+    @contextmanager
+    def randomness(self, rng_state: torch.Tensor | None) -> Iterator[None]:
+        """Dropout as in training (`rng_state` of the default generator before the pass) or, with None, off.
+
+        The random numbers of the surrounding program are left untouched.
+        """
+        if rng_state is None:
+            self.module.eval()
+            yield
+            return
+        self.module.train()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            set_rng_state(rng_state, self.device)
+            yield
+        self.module.eval()
+
+
+def get_rng_state(device: torch.device) -> torch.Tensor:
+    """State of the generator that dropout draws from on `device`, as bytes."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def build_skeleton(config: Any, device: torch.device | str = "cpu", attn_implementation: str = "sdpa") -> nn.Module:
+    """A causal language model from its Hugging Face config: parameters on meta, buffers real, in eval mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    model.tie_weights()
+    model.config.use_cache = False
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+    return model.eval()

@@ -1,0 +1,322 @@
+"""Fine-tuning under native DeepSpeed ZeRO-3 with a trajectory log: the run that is unlearned from, and its reference.
+
+With a request in the configuration the same loop trains the counterfactual: forgotten samples stay in their places of
+the batches, masked, so that order and random numbers are those of the logged run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmc_dist.config import Config, ModelConfig, TrainConfig
+from lmc_dist.data import IGNORED, SampleDataset, collate, epoch_order, load_dataset, load_rows, read_ids, split_batch, train_tokenizer
+from lmc_dist.errors import LmcError
+from lmc_dist.runtime import Runtime, agreement
+from lmc_dist.shards.engines import backward_micro_batch
+from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.files import write_json
+from lmc_dist.trajectory.logger import TrainingLogger
+from lmc_dist.unlearn.request import make_request
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of training: which samples step s sees."""
+
+    ids: list[int]
+    batch_size: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.ids) // self.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        total = self.steps_per_epoch * self.epochs
+        return total if self.max_steps is None else min(total, self.max_steps)
+
+    def __iter__(self) -> Iterator[tuple[int, float, list[int]]]:
+        """(step, epoch, sample ids of the global batch); the last batch of an epoch may be short."""
+        for step in range(self.num_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if position == 0:
+                order = epoch_order(self.ids, self.seed, epoch)
+            start = position * self.batch_size
+            yield step, epoch + start / len(self.ids), order[start : start + self.batch_size]
+
+
+def build_tokenizer(config: Config) -> Any:
+    """The checkpoint's tokenizer, or one trained on the data; the same on every rank and in every run."""
+    if config.model.path is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(config.model.path)
+        except (OSError, ValueError) as error:
+            raise LmcError(f"no tokenizer in model.path '{config.model.path}': {first_line(error)}") from None
+    rows = load_rows(config.data)
+    texts = (config.data.prompt.format(question=row["question"]) + row["answer"] for row in rows)
+    return train_tokenizer(texts, config.model.vocab_size)
+
+
+def build_dataset(config: Config) -> tuple[SampleDataset, Any]:
+    """(dataset, tokenizer)."""
+    tokenizer = build_tokenizer(config)
+    return load_dataset(config.data, tokenizer), tokenizer
+
+
+def build_config(config: ModelConfig, tokenizer: Any) -> Any:
+    """The Hugging Face config of the model."""
+    from transformers import AutoConfig, CONFIG_MAPPING
+
+    if config.path is not None:
+        try:
+            model_config = AutoConfig.from_pretrained(config.path)
+        except (OSError, ValueError) as error:
+            raise LmcError(f"no model in model.path '{config.path}': {first_line(error)}") from None
+    elif config.config is not None:
+        values = dict(config.config)
+        kind = values.pop("model_type", None)
+        if kind not in CONFIG_MAPPING:
+            raise LmcError(f"model.config needs a model_type known to transformers, got {kind!r}")
+        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model_config = CONFIG_MAPPING[kind](**{"vocab_size": len(tokenizer), **ids, **values})
+    else:
+        raise LmcError("say which model: model.path (a checkpoint) or model.config (a fresh model)")
+    if config.dropout is not None:
+        names = [name for name in DROPOUT_NAMES if hasattr(model_config, name)]
+        if not names:
+            raise LmcError(f"model.dropout: a {model_config.model_type} config has no dropout setting")
+        for name in names:
+            setattr(model_config, name, config.dropout)
+    model_config.use_cache = False
+    return model_config
+
+
+DROPOUT_NAMES = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout")
+
+
+def build_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.Module:
+    """The model before training: pretrained weights, or random ones from the seed."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    if config.path is not None:
+        return AutoModelForCausalLM.from_pretrained(
+            config.path, config=model_config, attn_implementation=config.attn_implementation, dtype=torch.float32
+        )
+    return AutoModelForCausalLM.from_config(model_config, attn_implementation=config.attn_implementation)
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The engine's configuration: the given file or plain ZeRO-3, with batch sizes and clipping of `config`."""
+    base: dict[str, Any] = {"zero_optimization": {"stage": 3}, "steps_per_print": 1 << 30}
+    if config.deepspeed is not None:
+        try:
+            base |= json.loads(Path(config.deepspeed).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise LmcError(f"train.deepspeed '{config.deepspeed}': {error}") from None
+    stage = base.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise LmcError(f"train.deepspeed: ZeRO stage {stage} is not supported yet, only stage 3")
+    if "optimizer" in base or "scheduler" in base:
+        raise LmcError("train.deepspeed must not name an optimizer or scheduler: they come from the train settings")
+    return base | {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": micro_steps(config, world_size),
+        "gradient_clipping": config.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def micro_steps(config: TrainConfig, world_size: int) -> int:
+    """Forward passes of each rank in one step."""
+    return -(-config.batch_size // (config.micro_batch_size * world_size))
+
+
+def build_engine(model: torch.nn.Module, config: TrainConfig, world_size: int) -> Any:
+    """A DeepSpeed ZeRO-3 engine with torch's own optimizer. Collective."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, config), config=deepspeed_config(config, world_size)
+    )
+    return engine
+
+
+def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW; vectors (norms, biases) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay}]
+    if vectors := [p for p in parameters if p.dim() <= 1]:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def pass_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Seed of the random numbers of one forward pass: a function of its place, not of what ran before."""
+    text = f"{seed}/{step}/{micro_step}/{rank}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def read_request(config: Config, dataset: SampleDataset) -> Counterfactual | None:
+    """The request of the configuration, or None where it has none.
+
+    Raises:
+        LmcError: More than one kind of target, an unknown split, bad ids.
+    """
+    forget = config.forget
+    given = [name for name in ("samples", "split", "batches") if getattr(forget, name) is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise LmcError(f"give one of forget.samples, forget.split and forget.batches, not {' and '.join(given)}")
+    kind = forget.counterfactual
+    if forget.batches is not None:
+        return make_request(batch_ids=read_ids(str(forget.batches)), kind=kind)
+    if forget.samples is not None:
+        return make_request(sample_ids=read_ids(str(forget.samples)), kind=kind)
+    if forget.split not in dataset.splits:
+        raise LmcError(f"unknown split '{forget.split}'; the data has {', '.join(sorted(dataset.splits)) or 'none'}")
+    return make_request(sample_ids=dataset.splits[forget.split], kind=kind)
+
+
+class Trainer:
+    """The training loop of one run, on every rank."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        with agreement():
+            check_train_config(config)
+            log_dir = Path(config.log_dir)
+            if log_dir.exists() and any(log_dir.iterdir()):
+                raise LmcError(f"log_dir {log_dir} is not empty: choose another, or pass --overwrite true")
+            self.dataset, self.tokenizer = build_dataset(config)
+            self.request = read_request(config, self.dataset)
+            if self.request is not None and self.request.kind == "renormalize" and not self._kept(self.dataset.ids):
+                raise LmcError("all samples are forgotten: nothing is left to train on")
+            train = config.train
+            self.schedule = Schedule(self.dataset.ids, train.batch_size, train.epochs, train.max_steps, train.seed)
+            self.micro_steps = micro_steps(train, runtime.world_size)
+            self.model_config = build_config(config.model, self.tokenizer)
+            model = build_model(config.model, self.model_config, train.seed)
+        self.engine = build_engine(model, config.train, runtime.world_size)
+        from transformers import get_scheduler
+
+        with agreement():
+            self.scheduler = get_scheduler(
+                train.schedule, self.engine.optimizer.optimizer, train.warmup_steps, self.schedule.num_steps
+            )
+        self.logger = TrainingLogger(
+            config.log_dir,
+            max_steps=config.log.max_steps,
+            mode=config.log.storage,
+            save_interval=config.log.save_interval,
+            dataset_fingerprint=self.dataset.fingerprint,
+            loss_normalization="given" if self.request and self.request.kind == "zero" else "global_token_mean",
+            run={"config": asdict(config), "threads": torch.get_num_threads()},
+        )
+
+    def _kept(self, ids: list[int]) -> list[int]:
+        forgotten = self.request.sample_ids if self.request else frozenset()
+        return [i for i in ids if i not in forgotten]
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end; returns a summary, equal on all ranks."""
+        from tqdm import tqdm
+
+        self.engine.train()
+        self.logger.attach(self.engine)
+        started, losses = time.perf_counter(), []
+        bar = tqdm(self.schedule, total=self.schedule.num_steps, desc="train", disable=not self.runtime.is_main)
+        for step, epoch, ids in bar:
+            self.logger.epoch = epoch
+            loss = self._step(step, ids)
+            self.scheduler.step()
+            if loss is not None:
+                losses.append(loss)
+                bar.set_postfix(loss=f"{loss:.4f}")
+        self.logger.close()
+        return {
+            "steps": len(losses),
+            "samples": len(self.dataset),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "seconds": time.perf_counter() - started,
+            "world_size": self.runtime.world_size,
+            "log_dir": str(self.config.log_dir),
+        }
+
+    def _step(self, step: int, ids: list[int]) -> float | None:
+        """One optimizer step; returns the loss of the global batch, None for a step that does not happen."""
+        kind = self.request.kind if self.request else None
+        counted = self._kept(ids) if kind == "renormalize" else ids
+        num_items = sum(self.dataset.num_targets(i) for i in counted)
+        if num_items == 0 or (self.request is not None and step in self.request.batch_ids):
+            self.logger.skip_step()
+            return None
+        chunks = split_batch(ids, self.runtime.world_size, self.micro_steps)
+        total = torch.zeros((), device=self.runtime.device)
+        for m in range(self.micro_steps):
+            mine = chunks[m][self.runtime.rank]
+            inputs = self._inputs(mine or ids[:1], used=self._kept(mine))
+            torch.manual_seed(pass_seed(self.config.train.seed, step, m, self.runtime.rank))
+            is_boundary = m == self.micro_steps - 1
+            total += backward_micro_batch(self.engine, inputs, num_items, self.runtime.world_size, is_boundary)
+        self.engine.step()
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+    def _inputs(self, ids: list[int], used: list[int]) -> dict[str, torch.Tensor]:
+        """A pass over `ids`, of which only `used` have targets and are logged."""
+        batch = collate(self.dataset.by_id(ids), self.dataset.pad_token_id)
+        remaining = set(used)
+        for row, i in enumerate(ids):
+            if i not in remaining:
+                batch["labels"][row] = IGNORED
+        batch["index"] = torch.tensor(used, dtype=torch.long)
+        return {key: value.to(self.runtime.device) for key, value in batch.items()}
+
+
+def check_train_config(config: Config) -> None:
+    """Bounds of the training settings."""
+    train = config.train
+    for name in ("epochs", "batch_size", "micro_batch_size"):
+        if getattr(train, name) < 1:
+            raise LmcError(f"train.{name} must be at least 1, got {getattr(train, name)}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "momentum"):
+        if not getattr(train, name) >= 0:
+            raise LmcError(f"train.{name} must be ≥ 0, got {getattr(train, name)}")
+    if train.max_steps is not None and train.max_steps < 1:
+        raise LmcError(f"train.max_steps must be at least 1 or null, got {train.max_steps}")
+
+
+def train(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """Trains as configured and leaves the log; returns the summary, which also lies beside the log. Collective."""
+    from lmc_dist.runtime import remove_folder
+
+    if config.overwrite:
+        remove_folder(Path(config.log_dir), expected="manifest.json")
+    summary = Trainer(config, runtime).run()
+    if runtime.is_main:
+        write_json(Path(config.log_dir) / "train.json", summary)
+    return summary
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

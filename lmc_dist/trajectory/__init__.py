@@ -1,0 +1,1 @@
+"""What happened in training: records, the log on disk, the logger, replay."""

@@ -1,0 +1,449 @@
+"""TrainingLogger: watches a training engine and writes the trajectory log, every rank its own shards.
+
+It hooks two places and needs no change to the training loop: a forward pre-hook takes the samples' `index` field, the
+loss normalisation and the random state of each pass; a wrapper of the optimizer's `step` takes the learning rate that
+is used, the gradient norm and the shards before and after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmc_dist.errors import LmcError
+from lmc_dist.runtime import agree, agreement
+from lmc_dist.shards.checksum import checksum, format_checksum, local_checksum
+from lmc_dist.shards.engines import ZeRO3Shards, engine_shards
+from lmc_dist.shards.fingerprint import model_config, model_fingerprint, parameter_table
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.module import get_rng_state
+from lmc_dist.shards.vector import ShardedVector, local_dot
+from lmc_dist.trajectory.record import LossNormalization, MicroRecord, StepRecord, TrajectoryManifest
+from lmc_dist.trajectory.store import LogWriter, TrajectoryLog
+
+STORAGE = ("replay", "update")
+PLANNED_STORAGE = ("gradient", "full")
+IGNORED = -100
+
+
+@dataclass
+class _Pass:
+    """What one forward pass of this rank showed."""
+
+    sample_ids: list[int]
+    num_targets: int
+    num_items: float | None
+    random_state: torch.Tensor
+    drew_random: bool = False
+    loss: torch.Tensor | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "ids": self.sample_ids,
+            "targets": self.num_targets,
+            "items": self.num_items,
+            "loss": None if self.loss is None else float(self.loss),
+            "state": self.random_state.cpu().numpy().tobytes() if self.drew_random else None,
+        }
+
+
+@dataclass
+class _Attached:
+    """What belongs to one attached engine."""
+
+    shards: ZeRO3Shards
+    writer: LogWriter
+    before: ShardedVector
+    passes: list[_Pass] = field(default_factory=list)
+    undo: list[Any] = field(default_factory=list)
+
+
+class TrainingLogger:
+    """Records every optimizer step of a DeepSpeed ZeRO-3 engine. All ranks construct and use it together.
+
+    Args:
+        log_dir: New or empty directory, shared by all ranks.
+        max_steps: Ring: tensors of the last `max_steps` steps are kept; None keeps all.
+        mode: Storage tier: `replay` (ids, random state, snapshots) or `update` (also u_s).
+        save_interval: Steps between snapshots; None keeps the first and the last only.
+        save_batch_data: Not available yet; ids are logged and the samples are found again in the dataset.
+        dataset_fingerprint: Digest of the training data, compared before a later deletion.
+        loss_normalization: What the loss of a step is (docs/method.md §1); checked at every step where it can be.
+        run: Free-form JSON about the run, such as its configuration.
+
+    Raises:
+        LmcError: Unknown tier or values out of range.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | Path,
+        max_steps: int | None = None,
+        mode: str = "update",
+        save_interval: int | None = 50,
+        save_batch_data: bool = False,
+        dataset_fingerprint: str | None = None,
+        loss_normalization: LossNormalization = "global_token_mean",
+        run: dict[str, Any] | None = None,
+    ) -> None:
+        if mode in PLANNED_STORAGE:
+            raise LmcError(f"log storage '{mode}' is not available yet; available: {', '.join(STORAGE)}")
+        if mode not in STORAGE:
+            raise LmcError(f"unknown log storage '{mode}'; available: {', '.join(STORAGE)}")
+        if save_batch_data:
+            raise LmcError("save_batch_data is not available yet: sample ids are logged, keep the dataset")
+        for name, value in (("max_steps", max_steps), ("save_interval", save_interval)):
+            if value is not None and value < 1:
+                raise LmcError(f"{name} must be at least 1 or null, got {value}")
+        self.log_dir = Path(log_dir)
+        self.max_steps, self.mode, self.save_interval = max_steps, mode, save_interval
+        self.dataset_fingerprint, self.run = dataset_fingerprint, run or {}
+        self.loss_normalization = loss_normalization
+        self.epoch = 0.0
+        self.step = 0
+        self._attached: _Attached | None = None
+        self._automatic = True
+
+    def attach(self, model: Any, optimizer: Any = None, automatic: bool = True) -> None:
+        """Starts logging: writes the manifest and θ_0, installs the hooks. Collective.
+
+        Args:
+            model: The DeepSpeed engine, or its module with `optimizer` given.
+            optimizer: The engine's optimizer, wrapped or not.
+            automatic: Register a step after each `optimizer.step`; False leaves it to `register_step`.
+
+        Raises:
+            LmcError: Unsupported engine, log_dir not empty, already attached.
+        """
+        if self._attached is not None:
+            raise LmcError("the logger is already attached to an engine")
+        shards = engine_shards(model, optimizer)
+        manifest = self._manifest(shards)
+        writer = LogWriter(self.log_dir, manifest, shards.layout)
+        attached = _Attached(shards, writer, shards.read())
+        self._attached, self._automatic = attached, automatic
+        self._snapshot(attached, 0, checksum(attached.before))
+        module = shards.module
+        attached.undo.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True).remove)
+        attached.undo.append(module.register_forward_hook(self._after_forward, with_kwargs=True).remove)
+        if automatic:
+            self._wrap_step(attached)
+
+    def _manifest(self, shards: ZeRO3Shards) -> TrajectoryManifest:
+        module, optimizer = shards.module, shards.optimizer.optimizer
+        # ZeRO-3 regroups parameters into sub-groups; their order follows the client's groups, whose settings they share.
+        settings = [
+            {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str, bool, type(None)))}
+            for group in optimizer.param_groups
+        ]
+        groups = parameter_groups(shards)
+        table = [{**row, "group": groups[row["name"]]} for row in parameter_table(module)]
+        return TrajectoryManifest(
+            model_config=model_config(module),
+            model_fingerprint=model_fingerprint(module),
+            parameters=table,
+            optimizer={"class": type(optimizer).__name__, "groups": settings},
+            loss_normalization=self.loss_normalization,
+            max_grad_norm=shards.max_grad_norm,
+            dataset_fingerprint=self.dataset_fingerprint,
+            world_size=shards.layout.world_size,
+            engine=shards.name,
+            storage=self.mode,
+            save_interval=self.save_interval,
+            max_steps=self.max_steps,
+            run=self.run,
+            versions=package_versions(),
+        )
+
+    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        index = kwargs.pop("index", None)
+        if self._attached is not None and module.training and torch.is_grad_enabled():
+            if index is None and self._automatic:
+                raise LmcError(
+                    "no sample ids reach the model: every batch needs an `index` field with the dataset's ids "
+                    "(with the HF Trainer also remove_unused_columns=False, or it is dropped)"
+                )
+            labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+            self._attached.passes.append(
+                _Pass(
+                    sample_ids=[] if index is None else [int(i) for i in index],
+                    num_targets=0 if labels is None else int((labels[:, 1:] != IGNORED).sum()),
+                    num_items=None if items is None else float(items),
+                    random_state=get_rng_state(self._device(kwargs)),
+                )
+            )
+        return args, kwargs
+
+    @staticmethod
+    def _device(kwargs: dict[str, Any]) -> torch.device:
+        return next((v.device for v in kwargs.values() if torch.is_tensor(v)), torch.device("cpu"))
+
+    def _after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._attached is None or not self._attached.passes or not (module.training and torch.is_grad_enabled()):
+            return
+        last = self._attached.passes[-1]
+        last.drew_random = not torch.equal(last.random_state, get_rng_state(self._device(kwargs)))
+        loss = getattr(output, "loss", None)
+        last.loss = None if loss is None else loss.detach()
+
+    def _wrap_step(self, attached: _Attached) -> None:
+        optimizer = attached.shards.optimizer
+        original = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            lrs = tuple(float(group["lr"]) for group in optimizer.optimizer.param_groups)
+            result = original(*args, **kwargs)
+            self._register(attached, self.step, lrs, None)
+            return result
+
+        optimizer.step = step
+        attached.undo.append(lambda: setattr(optimizer, "step", original))
+
+    def skip_step(self) -> None:
+        """Records a step that does not happen: a reference run leaves it out. Collective."""
+        attached = self._require_attached()
+        total = checksum(attached.before)
+        with agreement(attached.shards.layout.group):
+            if attached.shards.layout.rank == 0:
+                lrs = tuple(float(group["lr"]) for group in attached.shards.optimizer.optimizer.param_groups)
+                attached.writer.write_row(
+                    StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False, checksum=total), None
+                )
+        self._finish_step(attached, self.step, total)
+
+    def register_step(
+        self, step_id: int, batch_id: int, eta: float, model: Any, batch_data: dict[str, Any] | None = None
+    ) -> None:
+        """Records the step the engine has just taken; for `attach(..., automatic=False)`. Collective.
+
+        Args:
+            step_id: Index of the step, counted from 0 without gaps.
+            batch_id: The user's name of the batch, by which it can be forgotten.
+            eta: Learning rate the step used (not the scheduler's next one).
+            model: The attached engine.
+            batch_data: {"sample_ids": [[ids of each forward pass of this rank], …]}; may be left out where the
+                batches carry an `index` field.
+
+        Raises:
+            LmcError: Not attached, a gap in step ids, ids missing or of the wrong number.
+        """
+        attached = self._require_attached()
+        if self._automatic:
+            raise LmcError("steps are registered automatically; use attach(..., automatic=False) to do it by hand")
+        module = getattr(model, "module", model)
+        if module is not attached.shards.module and model is not attached.shards.module:
+            raise LmcError("register_step got another model than the one the logger is attached to")
+        if step_id != self.step:
+            raise LmcError(f"step {step_id} does not follow step {self.step - 1}")
+        if batch_data is not None:
+            ids = batch_data.get("sample_ids")
+            if ids is None or len(ids) != len(attached.passes):
+                raise LmcError(f"batch_data['sample_ids'] needs one list of ids for each of {len(attached.passes)} passes")
+            for seen, given in zip(attached.passes, ids, strict=True):
+                seen.sample_ids = [int(i) for i in given]
+        groups = len(attached.shards.optimizer.optimizer.param_groups)
+        self._register(attached, batch_id, (float(eta),) * groups, step_id)
+
+    def _register(self, attached: _Attached, batch_id: int, lrs: tuple[float, ...], step_id: int | None) -> None:
+        step = self.step if step_id is None else step_id
+        shards, layout = attached.shards, attached.shards.layout
+        after = shards.read()
+        grad_norm = shards.grad_norm
+        update = after - attached.before
+        total, stats = step_statistics(update, after, attached.passes, layout)
+        u_norm = stats["u_square"] ** 0.5
+        applied = shards.applied and (grad_norm != 0 or u_norm > 0)
+        self._check(step, applied, u_norm, lrs, stats, layout)
+        tensors = None
+        if self.mode == "update" and applied:
+            tensors = attached.writer.write_update(step, attached.before, after)
+        wires = gather_to_main([p.to_wire() for p in attached.passes], layout)
+        error = None
+        if layout.rank == 0:
+            try:
+                micros, denominator, loss = merge_passes(wires, self.loss_normalization)
+                record = StepRecord(
+                    step=step,
+                    batch_id=batch_id,
+                    micro_batches=micros,
+                    lr=lrs,
+                    denominator=denominator,
+                    epoch=self.epoch,
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    clip_coef=clip_coefficient(grad_norm, shards.max_grad_norm),
+                    applied=applied,
+                    u_norm=u_norm,
+                    checksum=total,
+                )
+                attached.writer.write_row(record, tensors)
+            except Exception as caught:
+                error = caught
+        agree(error, layout.group)
+        attached.before = after
+        attached.passes.clear()
+        self._finish_step(attached, step, total)
+
+    def _finish_step(self, attached: _Attached, step: int, total: str) -> None:
+        self.step = step + 1
+        if self.save_interval is not None and self.step % self.save_interval == 0:
+            self._snapshot(attached, self.step, total)
+            attached.writer.trim(step)
+
+    def _check(
+        self,
+        step: int,
+        applied: bool,
+        u_norm: float,
+        lrs: tuple[float, ...],
+        stats: dict[str, Any],
+        layout: ShardLayout,
+    ) -> None:
+        """What is silently wrong elsewhere is an error here, the same on every rank."""
+        if applied and u_norm == 0 and any(lrs):
+            raise LmcError(f"step {step}: the optimizer stepped with lr {lrs} but no weight changed")
+        if layout.world_size > 1 and stats["same_ids"]:
+            raise LmcError(
+                f"step {step}: all {layout.world_size} ranks saw the same samples. The launcher's ranks are not the "
+                "trainer's: with the HF Trainer on CPU start PartialState(backend='gloo') first and pass "
+                "accelerator_config={'use_configured_state': True}"
+            )
+
+    def _snapshot(self, attached: _Attached, step: int, total: str) -> None:
+        state, scalars = attached.shards.read_state()
+        attached.writer.snapshot(step, {"theta": attached.before, **state}, scalars, total)
+
+    def _require_attached(self) -> _Attached:
+        if self._attached is None:
+            raise LmcError("the logger is not attached: call attach(engine) before the first step, or θ_0 is lost")
+        return self._attached
+
+    def save_to_disk(self) -> Path:
+        """Writes the snapshot of the present weights, so that the log ends with θ_τ; returns log_dir. Collective."""
+        attached = self._require_attached()
+        self._snapshot(attached, self.step, checksum(attached.before))
+        return self.log_dir
+
+    def load_from_disk(self) -> TrajectoryLog:
+        """The log as written so far, opened for reading."""
+        return TrajectoryLog(self.log_dir)
+
+    def close(self) -> None:
+        """Final snapshot, then removes the hooks. Collective; does nothing when not attached."""
+        if self._attached is None:
+            return
+        self.save_to_disk()
+        for undo in reversed(self._attached.undo):
+            undo()
+        self._attached.writer.close()
+        self._attached = None
+
+
+def step_statistics(
+    update: ShardedVector, after: ShardedVector, passes: list[_Pass], layout: ShardLayout
+) -> tuple[str, dict[str, Any]]:
+    """(checksum of θ_{s+1}, ‖u‖² and whether all ranks saw the same ids), equal on all ranks. One all-gather."""
+    ids = repr([p.sample_ids for p in passes]).encode()
+    digest = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big", signed=True)
+    square = torch.tensor([local_dot(update.flat, update.flat)], dtype=torch.float64).view(torch.int64)
+    mine = torch.cat([local_checksum(after).cpu(), square, torch.tensor([digest, int(bool(ids != b"[]"))])])
+    rows = mine[None]
+    if layout.world_size > 1:
+        gathered = [torch.empty_like(mine) for _ in range(layout.world_size)]
+        dist.all_gather(gathered, mine, group=layout.group)
+        rows = torch.stack(gathered)
+    seen = any(p.sample_ids for p in passes)
+    return format_checksum(rows[:, :2].sum(0)), {
+        "u_square": float(rows[:, 2].contiguous().view(torch.float64).sum()),
+        "same_ids": seen and len(set(rows[:, 3].tolist())) == 1,
+    }
+
+
+def gather_to_main(value: Any, layout: ShardLayout) -> list[Any]:
+    """All ranks' values on rank 0, [] elsewhere. Collective."""
+    if layout.world_size == 1:
+        return [value]
+    box: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
+    dist.gather_object(value, box, group=layout.group, group_dst=0)
+    return box or []
+
+
+def merge_passes(
+    ranks: list[list[dict[str, Any]]], normalization: LossNormalization
+) -> tuple[tuple[MicroRecord, ...], float, float | None]:
+    """All ranks' passes of one step → (records ordered by micro step and rank, D_s, loss).
+
+    Raises:
+        LmcError: The ranks ran different numbers of passes, or the loss was not normalised as declared.
+    """
+    micro_steps = len(ranks[0])
+    if any(len(passes) != micro_steps for passes in ranks):
+        raise LmcError(f"ranks ran {[len(p) for p in ranks]} forward passes in one step; they must agree")
+    if not micro_steps:
+        raise LmcError("the optimizer stepped without a forward pass in training mode: call engine.train()")
+    passes = [(r, m, ranks[r][m]) for m in range(micro_steps) for r in range(len(ranks))]
+    targets = [p["targets"] for _, _, p in passes]
+    items = {p["items"] for _, _, p in passes}
+    if normalization == "micro_batch_token_mean":
+        if items != {None}:
+            raise LmcError("num_items_in_batch reaches the model, so the loss is no mean over micro-batches")
+        denominators = [float(n * len(passes)) for n in targets]
+    else:
+        if len(items) != 1 or None in items:
+            raise LmcError(
+                f"the model got num_items_in_batch={sorted(map(str, items))}: pass the target tokens of the global batch, "
+                "the same on all ranks, or declare loss_normalization='micro_batch_token_mean' if the loss is the plain "
+                "mean over micro-batches"
+            )
+        if normalization == "global_token_mean" and items != {float(sum(targets))}:
+            raise LmcError(
+                f"the loss was divided by {items.pop()}, but the global batch holds {sum(targets)} target tokens: "
+                "declare loss_normalization='given' if that is meant (such a log cannot be renormalised)"
+            )
+        denominators = [items.pop()] * len(passes)
+    keep_state = all(p["state"] is not None for _, _, p in passes)
+    records = tuple(
+        MicroRecord(r, m, tuple(p["ids"]), d, p["state"] if keep_state else None)
+        for (r, m, p), d in zip(passes, denominators, strict=True)
+    )
+    losses = [p["loss"] for _, _, p in passes]
+    if None in losses:
+        loss = None
+    else:  # a mean over passes was not divided by their number yet
+        loss = sum(losses) / (len(passes) if normalization == "micro_batch_token_mean" else 1)
+    return records, sum(denominators) / len(denominators), loss
+
+
+def clip_coefficient(grad_norm: float | None, max_grad_norm: float) -> float:
+    """What clipping multiplied the gradient by, as DeepSpeed computes it."""
+    if not max_grad_norm or grad_norm is None:
+        return 1.0
+    return 1.0 / max((grad_norm + 1e-6) / max_grad_norm, 1.0)
+
+
+def parameter_groups(shards: ZeRO3Shards) -> dict[str, int]:
+    """Parameter name → index of the optimizer group it belongs to."""
+    o = shards.optimizer
+    groups = {}
+    for name, parameter in shards.parameters.items():
+        sub_group = o.grad_position[o.get_param_id(parameter)][0]
+        groups[name] = int(o.sub_group_to_group_id[sub_group])
+    return groups
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that a run can depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("lmc_dist", "torch", "deepspeed", "transformers", "accelerate", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,186 @@
+"""What is known of a training step, and the recent steps in memory.
+
+Step s takes θ_s to θ_{s+1} = θ_s + u_s; steps are counted from 0 over the whole training run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.vector import ShardedVector
+
+SCHEMA_VERSION = 1
+
+# What the summed loss of a pass is divided by: the target tokens of the global batch; its own target tokens times the
+# number of passes; or a number the training loop chose and the logger took as given.
+LossNormalization = Literal["global_token_mean", "micro_batch_token_mean", "given"]
+
+
+@dataclass(frozen=True)
+class MicroRecord:
+    """One forward/backward pass of one rank.
+
+    Attributes:
+        rank: Rank that ran it.
+        micro_step: Its place in the accumulation window.
+        sample_ids: The dataset's own ids, in the order the model saw them; empty for a filler pass.
+        denominator: What the summed loss of this pass was divided by, so that L_s = Σ_passes Σ_i nll_i / denominator.
+        random_state: Generator state before the pass; None when the pass drew no random number.
+    """
+
+    rank: int
+    micro_step: int
+    sample_ids: tuple[int, ...]
+    denominator: float
+    random_state: bytes | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step (docs/log_format.md)."""
+
+    step: int
+    batch_id: int
+    micro_batches: tuple[MicroRecord, ...]
+    lr: tuple[float, ...]
+    denominator: float
+    epoch: float = 0.0
+    loss: float | None = None
+    grad_norm: float | None = None
+    clip_coef: float = 1.0
+    applied: bool = True
+    u_norm: float | None = None
+    checksum: str | None = None
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        """All samples of the global batch, a multiset, in the order of accumulation and rank."""
+        return tuple(i for micro in self.micro_batches for i in micro.sample_ids)
+
+
+@dataclass(frozen=True)
+class TrajectoryManifest:
+    """What holds for the whole run (docs/log_format.md)."""
+
+    model_config: dict[str, Any]
+    model_fingerprint: str
+    parameters: list[dict[str, Any]]
+    optimizer: dict[str, Any]
+    loss_normalization: LossNormalization
+    max_grad_norm: float
+    dataset_fingerprint: str | None
+    world_size: int
+    engine: str
+    storage: str
+    save_interval: int | None
+    max_steps: int | None
+    partition: str = "zero3"
+    dtype: str = "float32"
+    run: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Trajectory(Protocol):
+    """What the sweep needs of a logged run, on disk or in memory."""
+
+    layout: ShardLayout
+    manifest: TrajectoryManifest
+
+    @property
+    def first_step(self) -> int:
+        """Lowest step whose θ_s and u_s are still there."""
+
+    @property
+    def num_steps(self) -> int:
+        """τ: steps 0 … τ−1 were trained, θ_τ is the final model."""
+
+    def record(self, step: int) -> StepRecord: ...
+
+    def theta(self, step: int) -> ShardedVector:
+        """A copy of θ_s, 0 ≤ s ≤ τ. Collective."""
+
+    def update(self, step: int) -> ShardedVector:
+        """u_s. Local."""
+
+    def advance(self, theta: ShardedVector, step: int) -> ShardedVector:
+        """θ_s → θ_{s+1} in place, exactly; returns u_s. Collective."""
+
+
+class StepLog:
+    """The last `max_steps` steps in memory, sharded like the model; the ring behind online unlearning and tests.
+
+    Args:
+        manifest: What the run is.
+        theta: θ of the first step, copied.
+        first_step: Its index.
+        max_steps: Ring size; None keeps all.
+    """
+
+    def __init__(
+        self,
+        manifest: TrajectoryManifest,
+        theta: ShardedVector,
+        first_step: int = 0,
+        max_steps: int | None = None,
+    ) -> None:
+        if max_steps is not None and max_steps < 1:
+            raise LmcError(f"max_steps must be at least 1, got {max_steps}")
+        self.manifest = manifest
+        self.layout = theta.layout
+        self.max_steps = max_steps
+        self._first = first_step
+        self._thetas: deque[ShardedVector] = deque([theta.clone()])
+        self._records: deque[StepRecord] = deque()
+
+    def append(self, record: StepRecord, theta: ShardedVector) -> None:
+        """Adds a step and the θ_{s+1} it led to (copied)."""
+        if record.step != self.num_steps:
+            raise LmcError(f"step {record.step} does not follow the last step {self.num_steps - 1} of the log")
+        self._records.append(record)
+        self._thetas.append(theta.clone())
+        if self.max_steps is not None and len(self._records) > self.max_steps:
+            self._records.popleft()
+            self._thetas.popleft()
+            self._first += 1
+
+    @property
+    def first_step(self) -> int:
+        return self._first
+
+    @property
+    def num_steps(self) -> int:
+        return self._first + len(self._records)
+
+    def _index(self, step: int, count: int) -> int:
+        if not self._first <= step < self._first + count:
+            raise LmcError(
+                f"step {step} is not in memory: steps {self._first} to {self.num_steps - 1} remain "
+                f"(max_steps={self.max_steps}; a larger ring would have kept it)"
+            )
+        return step - self._first
+
+    def record(self, step: int) -> StepRecord:
+        return self._records[self._index(step, len(self._records))]
+
+    def records(self) -> Sequence[StepRecord]:
+        return tuple(self._records)
+
+    def theta(self, step: int) -> ShardedVector:
+        return self._thetas[self._index(step, len(self._thetas))].clone()
+
+    def update(self, step: int) -> ShardedVector:
+        index = self._index(step, len(self._records))
+        return self._thetas[index + 1] - self._thetas[index]
+
+    def advance(self, theta: ShardedVector, step: int) -> ShardedVector:
+        theta.flat.copy_(self._thetas[self._index(step, len(self._records)) + 1].flat)
+        return self.update(step)

@@ -1,0 +1,1 @@
+"""From a request to the corrected model: source, sweep, correction, apply, audit."""

@@ -1,0 +1,54 @@
+"""The audit record: what was done for one forget unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lmc_dist.trajectory.files import write_json
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """What was done for one forget unit, or for all of them jointly.
+
+    Attributes:
+        unit: `joint`, or `step-N` for the source of one step when K truncates.
+        tz: First step that held forgotten data.
+        tau: Steps of the run; the correction belongs to θ_τ.
+        K_used: Steps the source was propagated through.
+        v_norm: ‖v‖ at the end.
+        v0_norm: ‖v‖ right after the first source.
+        hvp_calls: Curvature products.
+        mode: `hessian_mode`, or `replay`.
+        damping: λ.
+        counterfactual: `skip`, `zero` or `renormalize`.
+        replay_head: Steps replayed exactly first.
+        stopped_by: `end` of the trajectory or `K`.
+        seconds: Wall time.
+        growth_max: Largest ‖v_{s+1}‖ / ‖v_s‖ of a step without a source.
+    """
+
+    unit: str
+    tz: int
+    tau: int
+    K_used: int
+    v_norm: float
+    v0_norm: float
+    hvp_calls: int
+    mode: str
+    damping: float
+    counterfactual: str
+    replay_head: int | str
+    stopped_by: str
+    seconds: float
+    growth_max: float | None
+
+
+def write_audit(folder: Path, records: Sequence[AuditRecord]) -> Path:
+    """Writes `audit_records.json` into `folder`, atomically; rank 0 calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "audit_records.json"
+    write_json(path, [asdict(record) for record in records])
+    return path

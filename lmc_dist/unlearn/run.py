@@ -1,0 +1,318 @@
+"""An unlearning run: open the log, check everything, compute each method, judge it, write the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmc_dist.config import Config
+from lmc_dist.curvature import HVPConfig
+from lmc_dist.data import SampleDataset, epoch_order
+from lmc_dist.errors import LmcError
+from lmc_dist.evaluate.distance import mean_loss, relative_error
+from lmc_dist.runtime import Runtime, agreement, remove_folder
+from lmc_dist.shards.checkpoint import write_checkpoint
+from lmc_dist.shards.fingerprint import model_fingerprint
+from lmc_dist.shards.module import ShardedModule, build_skeleton
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.training import build_config, build_dataset, build_engine, build_model, read_request
+from lmc_dist.trajectory.batches import DatasetBatches
+from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.files import write_json
+from lmc_dist.trajectory.logger import package_versions
+from lmc_dist.trajectory.record import StepRecord
+from lmc_dist.trajectory.replay import replay
+from lmc_dist.trajectory.store import TrajectoryLog
+from lmc_dist.unlearn.audit import AuditRecord, write_audit
+from lmc_dist.unlearn.correction import Correction, compute_correction
+from lmc_dist.unlearn.reference import retrain
+from lmc_dist.unlearn.request import check_request
+
+EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotten ones are
+
+# What a method is called in tables, and its settings: hessian_mode and replay_head.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tim": ("first-order rollback (TIM)", {"hessian_mode": "none", "replay_head": 0}),
+    "ggn": ("LMCleaner, GGN", {"hessian_mode": "GGN", "replay_head": 0}),
+    "replay": ("exact replay", {"replay_head": "all"}),
+}
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method's correction and what it cost."""
+
+    name: str
+    label: str
+    correction: Correction
+    seconds: float
+
+
+class UnlearningRun:
+    """Everything one request needs, opened and checked; all ranks construct it together.
+
+    Raises:
+        LmcError: On every rank, before any long work, for whatever does not fit.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.output_dir = Path(config.output_dir)
+        if config.overwrite:
+            remove_folder(self.output_dir, expected="result.json")
+        with agreement():
+            self._check_settings()
+            self.log = TrajectoryLog(config.log_dir)
+            self.dataset, self.tokenizer = build_dataset(config)
+            self.model_config = build_config(config.model, self.tokenizer)
+            skeleton = build_skeleton(self.model_config, runtime.device, config.model.attn_implementation)
+            self._check_fingerprints(skeleton)
+            self.module = ShardedModule(skeleton, self.log.layout, runtime.device)
+            self.batches = DatasetBatches(self.dataset, runtime.device)
+            request = read_request(config, self.dataset)
+            if request is None:
+                raise LmcError("say what to forget: forget.samples, forget.split or forget.batches")
+            self.request: Counterfactual = request
+            self.touched: list[StepRecord] = check_request(
+                request, self.log.records(), self.batches, self.log.manifest.loss_normalization
+            )
+            if not self.touched:
+                raise LmcError("no logged step that changed the weights holds any of the forgotten data")
+            replays = all(settings.get("replay_head") == "all" for _, settings in self._methods())
+            self.log.require(self.touched[0].step, updates=not replays)
+
+    def _check_settings(self) -> None:
+        unlearn = self.config.unlearn
+        if self.output_dir.exists() and any(self.output_dir.iterdir()):
+            raise LmcError(f"output_dir {self.output_dir} is not empty: choose another, or pass --overwrite true")
+        if unlearn.K is not None and unlearn.K < 0:
+            raise LmcError(f"unlearn.K must be ≥ 0 or null, got {unlearn.K}")
+        if unlearn.replay_head not in (0, "all"):
+            raise LmcError(f"replay_head={unlearn.replay_head} is not available yet; available: 0, all")
+        HVPConfig(unlearn.hessian_mode, unlearn.damping)
+        if unknown := [name for name in self._compared() if name not in METHODS]:
+            raise LmcError(f"compare: unknown method '{unknown[0]}'; available: {', '.join(METHODS)}")
+        if self.config.reference == "retrain":
+            if "config" not in TrajectoryLog(self.config.log_dir).manifest.run:
+                raise LmcError(
+                    "reference 'retrain' repeats a run of launch/train.py, and this log is not of one: use 'replay'"
+                )
+
+    def _compared(self) -> list[str]:
+        return [name.strip() for name in self.config.compare.split(",") if name.strip()]
+
+    def _methods(self) -> list[tuple[str, dict[str, Any]]]:
+        """The configured method first, then those to compare with."""
+        unlearn = self.config.unlearn
+        own = {"hessian_mode": unlearn.hessian_mode, "replay_head": unlearn.replay_head}
+        name = "replay" if unlearn.replay_head == "all" else {"none": "tim", "GGN": "ggn"}[unlearn.hessian_mode]
+        return [(name, own), *((other, METHODS[other][1]) for other in self._compared() if other != name)]
+
+    def _check_fingerprints(self, skeleton: torch.nn.Module) -> None:
+        manifest = self.log.manifest
+        if (found := model_fingerprint(skeleton)) != manifest.model_fingerprint:
+            kind, logged = self.model_config.model_type, manifest.model_config.get("model_type")
+            raise LmcError(
+                f"the model is not the logged one: fingerprint {found[:12]} ({kind}) against "
+                f"{manifest.model_fingerprint[:12]} ({logged}) in {self.log.path}; check model.path or model.config"
+            )
+        if manifest.dataset_fingerprint not in (None, self.dataset.fingerprint):
+            raise LmcError(
+                f"the dataset is not the logged one: fingerprint {self.dataset.fingerprint[:12]} against "
+                f"{manifest.dataset_fingerprint[:12]}; data settings, tokenizer or files changed since training"  # type: ignore[index]
+            )
+
+    def compute(self, name: str, settings: dict[str, Any], theta: ShardedVector) -> MethodResult:
+        """One method's correction. Collective."""
+        started = time.perf_counter()
+        label = METHODS[name][0]
+        with self._progress(name) as progress:
+            if settings.get("replay_head") == "all":
+                correction = self._replay(theta, progress)
+            else:
+                unlearn = self.config.unlearn
+                label += f", K={'all' if unlearn.K is None else unlearn.K}" if name == "ggn" else ""
+                hvp = HVPConfig(settings["hessian_mode"], unlearn.damping if name == "ggn" else 0.0)
+                correction = compute_correction(
+                    self.log, self.module, self.batches, self.request, hvp, unlearn.K, progress=progress
+                )
+        return MethodResult(name, label, correction, time.perf_counter() - started)
+
+    def _replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> Correction:
+        started = time.perf_counter()
+        train = self.config.train
+        if run := self.log.manifest.run.get("config"):
+            from lmc_dist.config import TrainConfig
+
+            train = TrainConfig(**run["train"])
+        model = build_model(self.config.model, self.model_config, train.seed)
+        engine = build_engine(model, train, self.runtime.world_size)
+        result = replay(engine, self.log, self.batches, self.request, progress)
+        engine.destroy()
+        v = result.theta - theta
+        audit = AuditRecord(
+            unit="joint",
+            tz=self.touched[0].step,
+            tau=self.log.num_steps,
+            K_used=self.log.num_steps - 1 - self.touched[0].step,
+            v_norm=v.norm(),
+            v0_norm=0.0,
+            hvp_calls=0,
+            mode="replay",
+            damping=0.0,
+            counterfactual=self.request.kind,
+            replay_head="all",
+            stopped_by="end",
+            seconds=time.perf_counter() - started,
+            growth_max=None,
+        )
+        return Correction(v, (audit,), float(result.steps))
+
+    def _progress(self, name: str) -> Any:
+        from lmc_dist.console import StepProgress
+
+        return StepProgress(name, self.touched[0].step, self.log.num_steps, enabled=self.runtime.is_main)
+
+    def forgotten_ids(self) -> list[int]:
+        """Samples the request is about: its own, or those of its batches."""
+        if self.request.sample_ids:
+            seen = {i for record in self.touched for i in record.sample_ids}
+            return sorted(self.request.sample_ids & seen)
+        return sorted({i for record in self.touched for i in record.sample_ids})
+
+    def retained_ids(self) -> list[int]:
+        """A fixed random selection of the samples that were trained on and stay."""
+        forgotten = set(self.forgotten_ids())
+        seen = {i for record in self.log.records() for i in record.sample_ids}
+        return epoch_order(sorted(seen - forgotten), seed=0, epoch=0)[:EVALUATED_SAMPLES]
+
+    def losses(self, theta: ShardedVector) -> tuple[float, float]:
+        """(mean loss on forgotten, on retained samples). Collective."""
+        forget, retain = self.forgotten_ids(), self.retained_ids()
+        return tuple(mean_loss(self.module, theta, ids, self.batches) for ids in (forget, retain))  # type: ignore[return-value]
+
+
+def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """Runs a request to the end and leaves `output_dir`; returns result.json's content plus the table. Collective."""
+    run = UnlearningRun(config, runtime)
+    tau = run.log.num_steps
+    theta = run.log.theta(tau)
+    reference, retrain_seconds = None, None
+    part = run.output_dir.with_name(run.output_dir.name + ".part")
+    remove_folder_if_main(part, runtime)
+    results = [run.compute(name, settings, theta) for name, settings in run._methods()]
+    if config.reference == "retrain":
+        reference, retrain_seconds = retrain(run, part / "reference")
+    elif config.reference == "replay":
+        replayed = next((r for r in results if r.name == "replay"), None) or run.compute("replay", METHODS["replay"][1], theta)
+        reference, retrain_seconds = theta + replayed.correction.v, replayed.seconds
+    rows = table(run, theta, results, reference, retrain_seconds)
+    main = results[0]
+    corrected = theta + main.correction.v
+    model_checksum = export(run, part / "model", corrected)
+    main.correction.save(part / "correction")
+    own_row = next(row for row in rows if row["method"] == main.name)
+    result = {
+        "status": "done",
+        "rel_error": own_row["rel_error"],
+        "seconds_unlearn": main.seconds,
+        "seconds_retrain": retrain_seconds,
+        "gradients_equivalent": main.correction.gradients_equivalent,
+        "v_norm": main.correction.v.norm(),
+        "n_units": len(main.correction.audit),
+        "world_size": runtime.world_size,
+        "engine": run.log.manifest.engine,
+        "config": asdict(config),
+        "versions": package_versions(),
+        "log_fingerprint": run.log.fingerprint,
+        "model_checksum": model_checksum,
+        "request": {
+            "samples": len(run.forgotten_ids()),
+            "steps": len(run.touched),
+            "num_steps": tau,
+            "counterfactual": run.request.kind,
+        },
+        "rows": rows,
+    }
+    if runtime.is_main:
+        write_audit(part / "audit", main.correction.audit)
+        write_json(part / "result.json", result)
+        if run.output_dir.exists():
+            run.output_dir.rmdir()  # empty, checked above
+        part.replace(run.output_dir)
+    dist.barrier()
+    return result
+
+
+def remove_folder_if_main(folder: Path, runtime: Runtime) -> None:
+    """Clears what an interrupted run left under its temporary name. Collective."""
+    import shutil
+
+    with agreement():
+        if runtime.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+
+def table(
+    run: UnlearningRun,
+    theta: ShardedVector,
+    results: list[MethodResult],
+    reference: ShardedVector | None,
+    retrain_seconds: float | None,
+) -> list[dict[str, Any]]:
+    """One row a method, between doing nothing and retraining. Collective."""
+
+    def row(method: str, label: str, weights: ShardedVector, gradients: float, seconds: float | None) -> dict[str, Any]:
+        forget, retain = run.losses(weights)
+        error = None if reference is None else relative_error(weights, theta, reference)
+        return {
+            "method": method,
+            "label": label,
+            "rel_error": error,
+            "loss_forget": forget,
+            "loss_retain": retain,
+            "gradients": gradients,
+            "seconds": seconds,
+        }
+
+    rows = [row("do_nothing", "do nothing", theta, 0.0, 0.0)]
+    for r in sorted(results, key=lambda r: list(METHODS).index(r.name)):
+        rows.append(row(r.name, r.label, theta + r.correction.v, r.correction.gradients_equivalent, r.seconds))
+    if run.config.reference == "retrain" and reference is not None:
+        steps = sum(record.applied for record in run.log.records())
+        rows.append(row("retrain", "retrain from scratch", reference, float(steps), retrain_seconds))
+    return rows
+
+
+def export(run: UnlearningRun, folder: Path, theta: ShardedVector) -> str:
+    """Writes the corrected model as a Hugging Face checkpoint with its tokenizer. Collective."""
+    dtypes = {row["name"]: getattr(torch, row["dtype"]) for row in run.log.manifest.parameters}
+    with agreement():
+        if run.runtime.is_main:
+            folder.mkdir(parents=True)
+            config = replace_config(run.model_config, run.module.module)
+            config.save_pretrained(folder)
+            run.tokenizer.save_pretrained(folder)
+            generation = getattr(run.module.module, "generation_config", None)
+            if generation is not None:
+                generation.save_pretrained(folder)
+    dist.barrier()
+    return write_checkpoint(folder, theta, dtypes)
+
+
+def replace_config(config: Any, module: torch.nn.Module) -> Any:
+    """The config as save_pretrained would write it for this model."""
+    config.architectures = [type(module).__name__]
+    config.use_cache = True
+    config.dtype = "float32"
+    return config
+
+
+__all__ = ["MethodResult", "SampleDataset", "UnlearningRun", "replace", "unlearn"]

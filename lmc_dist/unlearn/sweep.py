@@ -1,0 +1,205 @@
+"""The recursion: v is carried along the logged steps (docs/method.md §3).
+
+    dg_s = (C_s + λI) v_s + b_s
+    v_{s+1} = JVP of Φ_s at θ_s along (v_s, dg_s),   or v_s − u_s where the step is skipped
+
+With K = null all sources enter one joint vector, whatever their number. A finite K truncates each source on its own, so
+each step with a source opens a window of K steps; the windows' end values add up, since the recursion is linear.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lmc_dist.curvature import HVPConfig, Loss, hvp_apply
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.module import ShardedModule
+from lmc_dist.shards.vector import ShardedVector, dots
+from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
+from lmc_dist.trajectory.record import Trajectory
+from lmc_dist.unlearn.audit import AuditRecord
+from lmc_dist.unlearn.plan import GRADIENTS_PER_PRODUCT
+from lmc_dist.unlearn.source import micro_batches, share, source
+from lmc_dist.update_rules import SGDTangent
+
+# ‖v‖ beyond this multiple of all sources added up is divergence: a stable sweep keeps it near or below one.
+GROWTH_LIMIT = 1e3
+
+
+@dataclass
+class Window:
+    """A vector under propagation."""
+
+    unit: str
+    tz: int
+    last_step: int  # last step it is propagated through
+    v: ShardedVector
+    v0_norm: float | None = None
+    norm: float = 0.0
+    steps: int = 0
+    hvp_calls: int = 0
+    growth_max: float | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """v at θ_τ, what was done, and its cost in gradients of a whole batch."""
+
+    v: ShardedVector
+    audit: tuple[AuditRecord, ...]
+    gradients_equivalent: float
+
+
+def sweep(
+    trajectory: Trajectory,
+    module: ShardedModule,
+    loss: Loss,
+    batches: BatchSource,
+    counterfactual: Counterfactual,
+    config: HVPConfig,
+    K: int | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> SweepResult:
+    """Propagates the sources of a request to the end of the trajectory. Collective.
+
+    Args:
+        trajectory: The logged run.
+        module: The model on shards, laid out like the trajectory.
+        loss: Its loss.
+        batches: Samples by id.
+        counterfactual: What "without the data" means.
+        config: Curvature and damping.
+        K: Steps each source is propagated; None is all.
+        progress: Called with each step done.
+
+    Raises:
+        LmcError: Nothing to forget in the log, divergence, damaged log.
+    """
+    return _Sweep(trajectory, module, loss, batches, counterfactual, config, K).run(progress)
+
+
+class _Sweep:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        module: ShardedModule,
+        loss: Loss,
+        batches: BatchSource,
+        counterfactual: Counterfactual,
+        config: HVPConfig,
+        K: int | None,
+    ) -> None:
+        self.trajectory, self.module, self.loss, self.batches = trajectory, module, loss, batches
+        self.counterfactual, self.config, self.K = counterfactual, config, K
+        manifest = trajectory.manifest
+        self.tangent = SGDTangent(trajectory.layout, manifest.parameters, manifest.optimizer["groups"])
+        self.windows: list[Window] = []
+        self.done: list[Window] = []
+        self.cost = 0.0
+        self.source_total = 0.0
+        self.started = time.perf_counter()
+
+    def run(self, progress: Callable[[int], None]) -> SweepResult:
+        trajectory, tau = self.trajectory, self.trajectory.num_steps
+        first = first_touched(trajectory, self.counterfactual)
+        theta = trajectory.theta(first)
+        total = theta.like(theta.flat.new_zeros(theta.flat.shape))
+        for step in range(first, tau):
+            record = trajectory.record(step)
+            edited = edit_step(
+                record, self.counterfactual, trajectory.manifest.loss_normalization, self.batches.num_targets
+            )
+            if record.applied and not edited.skipped:
+                self._propagate(step, theta, edited)
+            update = trajectory.advance(theta, step)
+            if record.applied and edited.skipped:
+                self._add(step, update * -1.0)
+            self._measure(step, has_source=record.applied and edited.is_changed)
+            progress(step)
+        self.done += self.windows
+        for window in self.done:
+            total.add_(window.v)
+        return SweepResult(total, tuple(self._audit(window) for window in self.done), self.cost)
+
+    def _propagate(self, step: int, theta: ShardedVector, edited: EditedStep) -> None:
+        lrs = edited.record.lr
+        active = [window for window in self.windows if step <= window.last_step]
+        micros = micro_batches(edited, self.batches, self.module, "kept") if active and self.config.uses_model else []
+        for window in active:
+            dg = hvp_apply(window.v, self.config, self.module, self.loss, theta, micros)
+            window.v = self.tangent(theta, window.v, dg, lrs)
+            window.steps += 1
+            if self.config.uses_model:
+                window.hvp_calls += 1
+                self.cost += GRADIENTS_PER_PRODUCT[self.config.mode] * share(edited, "kept")
+        if edited.is_changed:
+            b = source(edited, theta, self.batches, self.module, self.loss)
+            self.cost += share(edited, "source")
+            self._add(step, self.tangent(theta, b.like(b.flat.new_zeros(b.flat.shape)), b, lrs))
+
+    def _add(self, step: int, injected: ShardedVector) -> None:
+        """A source enters: the joint vector takes it up, or a window of its own opens."""
+        self.source_total += injected.norm()
+        if self.K is None and self.windows:
+            self.windows[0].v.add_(injected)
+            return
+        last = self.trajectory.num_steps - 1 if self.K is None else min(step + self.K, self.trajectory.num_steps - 1)
+        unit = "joint" if self.K is None else f"step-{step}"
+        self.windows.append(Window(unit, step, last, injected))
+
+    def _measure(self, step: int, has_source: bool) -> None:
+        """Norms of all windows (one all-reduce), growth, divergence; windows that are through are frozen."""
+        if not self.windows:
+            return
+        for window, square in zip(self.windows, dots([(w.v, w.v) for w in self.windows]), strict=True):
+            norm = math.sqrt(square) if square >= 0 else math.nan
+            if not math.isfinite(norm) or norm > GROWTH_LIMIT * max(self.source_total, 1e-300):
+                raise LmcError(
+                    f"unit {window.unit}: the correction diverged at step {step}, ‖v‖ = {norm:.3g} after sources of "
+                    f"{self.source_total:.3g} together (last growth {norm / max(window.norm, 1e-300):.3g} a step): "
+                    "η·λ_max > 2 on these steps. Use damping, a smaller K, or replay_head=all"
+                )
+            if window.v0_norm is None:
+                window.v0_norm = norm
+            elif window.norm > 0 and not has_source:
+                window.growth_max = max(window.growth_max or 0.0, norm / window.norm)
+            window.norm = norm
+        finished = [window for window in self.windows if step >= window.last_step]
+        self.windows = [window for window in self.windows if step < window.last_step]
+        self.done += finished
+
+    def _audit(self, window: Window) -> AuditRecord:
+        tau = self.trajectory.num_steps
+        return AuditRecord(
+            unit=window.unit,
+            tz=window.tz,
+            tau=tau,
+            K_used=window.steps,
+            v_norm=window.norm,
+            v0_norm=window.v0_norm or 0.0,
+            hvp_calls=window.hvp_calls,
+            mode=self.config.mode,
+            damping=self.config.damping,
+            counterfactual=self.counterfactual.kind,
+            replay_head=0,
+            stopped_by="K" if window.last_step < tau - 1 else "end",
+            seconds=time.perf_counter() - self.started,
+            growth_max=window.growth_max,
+        )
+
+
+def first_touched(trajectory: Trajectory, counterfactual: Counterfactual) -> int:
+    """First applied step that holds forgotten data.
+
+    Raises:
+        LmcError: There is none.
+    """
+    for step in range(trajectory.first_step, trajectory.num_steps):
+        record = trajectory.record(step)
+        if record.applied and counterfactual.touches(record):
+            return step
+    raise LmcError("no logged step holds any of the forgotten data: there is nothing to correct")

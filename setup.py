@@ -1,0 +1,81 @@
+"""Packaging of lmc_dist: what it needs, its extras, and the `lmc` command.
+
+`constraints.txt` holds the exact versions the project is developed and tested
+with; the ranges here are what an installation into somebody's own environment
+has to satisfy.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",
+    "deepspeed>=0.16",
+    "transformers>=4.56",
+    "accelerate>=1.0",
+    "safetensors>=0.5",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    # dataclass options and their help texts: the `signatures` extra brings docstring-parser
+    "jsonargparse[signatures]>=4.40",
+    "pyyaml",
+    "rich",
+    "tqdm",
+    "wandb",
+    # torch's C++ extension loader, which DeepSpeed's JIT-built operators go through, imports it
+    "setuptools",
+]
+
+EXTRAS_REQUIRE = {
+    "dev": [
+        "pytest",
+        "pytest-timeout",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "pre-commit",
+        "build",
+    ],
+    # The comparison against curvlinops-for-pytorch is optional and is not listed: it depends on
+    # torchvision (by way of backpack-for-pytorch; it imports without it), and each torchvision
+    # requires one exact torch, so the resolver would replace the torch that is installed. Install
+    # it by hand, on top of the torch you have:
+    #     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch
+    #     pip install scipy einconv linear_operator opt-einsum unfoldNd
+    "bench": [
+        "matplotlib",
+    ],
+}
+
+setup(
+    name="lmc_dist",
+    version="0.1.0",
+    description="Machine unlearning for language models trained with DeepSpeed ZeRO-3 or FSDP2",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="lmc_dist authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["lmc_dist", "lmc_dist.*"]),
+    python_requires=">=3.10",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["lmc = lmc_dist.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
