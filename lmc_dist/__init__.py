@@ -27,7 +27,7 @@ _PUBLIC = {
     "LmcError": "lmc_dist.errors",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"
 
 

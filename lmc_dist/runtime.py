@@ -65,7 +65,9 @@ def init(timeout_minutes: float = 30) -> Runtime:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     quiet(rank)
     use_cuda = torch.cuda.is_available()
-    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores slow each other down 5 to 10 times
+    if (
+        not use_cuda and "OMP_NUM_THREADS" not in os.environ
+    ):  # ranks that share cores slow each other down 5 to 10 times
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if use_cuda:

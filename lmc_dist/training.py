@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +17,17 @@ from typing import Any
 import torch
 
 from lmc_dist.config import Config, ModelConfig, TrainConfig
-from lmc_dist.data import IGNORED, SampleDataset, collate, epoch_order, load_dataset, load_rows, read_ids, split_batch, train_tokenizer
+from lmc_dist.data import (
+    IGNORED,
+    SampleDataset,
+    collate,
+    epoch_order,
+    load_dataset,
+    load_rows,
+    read_ids,
+    split_batch,
+    train_tokenizer,
+)
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import Runtime, agreement
 from lmc_dist.shards.engines import backward_micro_batch
@@ -79,7 +88,7 @@ def build_dataset(config: Config) -> tuple[SampleDataset, Any]:
 
 def build_config(config: ModelConfig, tokenizer: Any) -> Any:
     """The Hugging Face config of the model."""
-    from transformers import AutoConfig, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if config.path is not None:
         try:

@@ -98,9 +98,7 @@ def slice_flat(tensor, shape: tuple[int, ...], start: int, end: int) -> torch.Te
     return tensor[first:last].reshape(-1)[start - first * row : end - first * row]
 
 
-def plan_files(
-    layout: ShardLayout, dtypes: Mapping[str, torch.dtype], max_file_bytes: int
-) -> dict[str, list[str]]:
+def plan_files(layout: ShardLayout, dtypes: Mapping[str, torch.dtype], max_file_bytes: int) -> dict[str, list[str]]:
     """File name → its parameters, in model order."""
     groups: list[list[str]] = [[]]
     size = 0

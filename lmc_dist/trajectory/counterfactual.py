@@ -65,7 +65,9 @@ class Counterfactual:
 
     def __post_init__(self) -> None:
         if self.kind == "skip" and (self.sample_ids or not self.batch_ids):
-            raise LmcError("counterfactual 'skip' forgets whole batches: give batch ids, or use 'renormalize' or 'zero'")
+            raise LmcError(
+                "counterfactual 'skip' forgets whole batches: give batch ids, or use 'renormalize' or 'zero'"
+            )
         if self.kind in ("zero", "renormalize") and (self.batch_ids or not self.sample_ids):
             raise LmcError(f"counterfactual '{self.kind}' forgets samples: give sample ids, or use 'skip' for batches")
         if self.kind not in ("skip", "zero", "renormalize"):
@@ -89,7 +91,9 @@ class Counterfactual:
         denominators = [micro.denominator for micro in record.micro_batches]
         if self.kind == "renormalize" and not all(map(all, kept)):
             counts = [num_targets(micro.sample_ids) for micro in record.micro_batches]
-            removed = [sum(n for n, keep in zip(c, k, strict=True) if not keep) for c, k in zip(counts, kept, strict=True)]
+            removed = [
+                sum(n for n, keep in zip(c, k, strict=True) if not keep) for c, k in zip(counts, kept, strict=True)
+            ]
             totals = [sum(c) for c in counts]
             if sum(removed) == sum(totals):
                 return EditedStep(record, skipped=True)

@@ -153,7 +153,9 @@ class ShardReader:
                 low, high = max(start, slot.start), min(end, slot.end)
                 target[low - slot.start : high - slot.start] = source[low - start : high - start]
             if not bool(torch.isfinite(target).all()):
-                raise LmcError(f"{self.what}: tensor '{name}' holds NaN or infinity in elements {slot.start}:{slot.end}")
+                raise LmcError(
+                    f"{self.what}: tensor '{name}' holds NaN or infinity in elements {slot.start}:{slot.end}"
+                )
         return vector
 
     def apply_fixes(self, vector: ShardedVector) -> None:

@@ -131,7 +131,9 @@ class TrainingLogger:
         self._attached, self._automatic = attached, automatic
         self._snapshot(attached, 0, checksum(attached.before))
         module = shards.module
-        attached.undo.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True).remove)
+        attached.undo.append(
+            module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True).remove
+        )
         attached.undo.append(module.register_forward_hook(self._after_forward, with_kwargs=True).remove)
         if automatic:
             self._wrap_step(attached)
@@ -214,7 +216,8 @@ class TrainingLogger:
             if attached.shards.layout.rank == 0:
                 lrs = tuple(float(group["lr"]) for group in attached.shards.optimizer.optimizer.param_groups)
                 attached.writer.write_row(
-                    StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False, checksum=total), None
+                    StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False, checksum=total),
+                    None,
                 )
         self._finish_step(attached, self.step, total)
 
@@ -245,7 +248,9 @@ class TrainingLogger:
         if batch_data is not None:
             ids = batch_data.get("sample_ids")
             if ids is None or len(ids) != len(attached.passes):
-                raise LmcError(f"batch_data['sample_ids'] needs one list of ids for each of {len(attached.passes)} passes")
+                raise LmcError(
+                    f"batch_data['sample_ids'] needs one list of ids for each of {len(attached.passes)} passes"
+                )
             for seen, given in zip(attached.passes, ids, strict=True):
                 seen.sample_ids = [int(i) for i in given]
         groups = len(attached.shards.optimizer.optimizer.param_groups)

@@ -118,4 +118,3 @@ def run_step(engine: Any, edited: EditedStep, batches: BatchSource, normalizatio
             set_rng_state(state, engine.device)
         backward_micro_batch(engine, {**inputs, "labels": labels}, num_items, scale, i == rounds - 1)
     engine.step()
-

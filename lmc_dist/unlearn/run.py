@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from lmc_dist.config import Config
+from lmc_dist.config import Config, TrainConfig
+from lmc_dist.console import StepProgress
 from lmc_dist.curvature import HVPConfig
-from lmc_dist.data import SampleDataset, epoch_order
+from lmc_dist.data import epoch_order
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import mean_loss, relative_error
 from lmc_dist.runtime import Runtime, agreement, remove_folder
-from lmc_dist.shards.checkpoint import write_checkpoint
 from lmc_dist.shards.fingerprint import model_fingerprint
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.training import build_config, build_dataset, build_engine, build_model, read_request
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.trajectory.files import write_json
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.record import StepRecord
 from lmc_dist.trajectory.replay import replay
 from lmc_dist.trajectory.store import TrajectoryLog
-from lmc_dist.unlearn.audit import AuditRecord, write_audit
+from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, compute_correction
 from lmc_dist.unlearn.reference import retrain
 from lmc_dist.unlearn.request import check_request
+from lmc_dist.unlearn.results import check_output_dir, promoted, write_results
 
 EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotten ones are
 
@@ -84,13 +83,12 @@ class UnlearningRun:
             )
             if not self.touched:
                 raise LmcError("no logged step that changed the weights holds any of the forgotten data")
-            replays = all(settings.get("replay_head") == "all" for _, settings in self._methods())
+            replays = all(settings.get("replay_head") == "all" for _, settings in self.methods())
             self.log.require(self.touched[0].step, updates=not replays)
 
     def _check_settings(self) -> None:
         unlearn = self.config.unlearn
-        if self.output_dir.exists() and any(self.output_dir.iterdir()):
-            raise LmcError(f"output_dir {self.output_dir} is not empty: choose another, or pass --overwrite true")
+        check_output_dir(self.output_dir)
         if unlearn.K is not None and unlearn.K < 0:
             raise LmcError(f"unlearn.K must be ≥ 0 or null, got {unlearn.K}")
         if unlearn.replay_head not in (0, "all"):
@@ -107,7 +105,7 @@ class UnlearningRun:
     def _compared(self) -> list[str]:
         return [name.strip() for name in self.config.compare.split(",") if name.strip()]
 
-    def _methods(self) -> list[tuple[str, dict[str, Any]]]:
+    def methods(self) -> list[tuple[str, dict[str, Any]]]:
         """The configured method first, then those to compare with."""
         unlearn = self.config.unlearn
         own = {"hessian_mode": unlearn.hessian_mode, "replay_head": unlearn.replay_head}
@@ -148,8 +146,6 @@ class UnlearningRun:
         started = time.perf_counter()
         train = self.config.train
         if run := self.log.manifest.run.get("config"):
-            from lmc_dist.config import TrainConfig
-
             train = TrainConfig(**run["train"])
         model = build_model(self.config.model, self.model_config, train.seed)
         engine = build_engine(model, train, self.runtime.world_size)
@@ -175,8 +171,6 @@ class UnlearningRun:
         return Correction(v, (audit,), float(result.steps))
 
     def _progress(self, name: str) -> Any:
-        from lmc_dist.console import StepProgress
-
         return StepProgress(name, self.touched[0].step, self.log.num_steps, enabled=self.runtime.is_main)
 
     def forgotten_ids(self) -> list[int]:
@@ -199,65 +193,45 @@ class UnlearningRun:
 
 
 def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
-    """Runs a request to the end and leaves `output_dir`; returns result.json's content plus the table. Collective."""
+    """Runs a request to the end and leaves `output_dir`; returns what result.json holds. Collective."""
     run = UnlearningRun(config, runtime)
     tau = run.log.num_steps
     theta = run.log.theta(tau)
-    reference, retrain_seconds = None, None
-    part = run.output_dir.with_name(run.output_dir.name + ".part")
-    remove_folder_if_main(part, runtime)
-    results = [run.compute(name, settings, theta) for name, settings in run._methods()]
-    if config.reference == "retrain":
-        reference, retrain_seconds = retrain(run, part / "reference")
-    elif config.reference == "replay":
-        replayed = next((r for r in results if r.name == "replay"), None) or run.compute("replay", METHODS["replay"][1], theta)
-        reference, retrain_seconds = theta + replayed.correction.v, replayed.seconds
-    rows = table(run, theta, results, reference, retrain_seconds)
-    main = results[0]
-    corrected = theta + main.correction.v
-    model_checksum = export(run, part / "model", corrected)
-    main.correction.save(part / "correction")
-    own_row = next(row for row in rows if row["method"] == main.name)
-    result = {
-        "status": "done",
-        "rel_error": own_row["rel_error"],
-        "seconds_unlearn": main.seconds,
-        "seconds_retrain": retrain_seconds,
-        "gradients_equivalent": main.correction.gradients_equivalent,
-        "v_norm": main.correction.v.norm(),
-        "n_units": len(main.correction.audit),
-        "world_size": runtime.world_size,
-        "engine": run.log.manifest.engine,
-        "config": asdict(config),
-        "versions": package_versions(),
-        "log_fingerprint": run.log.fingerprint,
-        "model_checksum": model_checksum,
-        "request": {
-            "samples": len(run.forgotten_ids()),
-            "steps": len(run.touched),
-            "num_steps": tau,
-            "counterfactual": run.request.kind,
-        },
-        "rows": rows,
-    }
-    if runtime.is_main:
-        write_audit(part / "audit", main.correction.audit)
-        write_json(part / "result.json", result)
-        if run.output_dir.exists():
-            run.output_dir.rmdir()  # empty, checked above
-        part.replace(run.output_dir)
-    dist.barrier()
+    with promoted(run.output_dir) as part:
+        results = [run.compute(name, settings, theta) for name, settings in run.methods()]
+        main = results[0]
+        reference, retrain_seconds = None, None
+        if config.reference == "retrain":
+            reference, retrain_seconds = retrain(run, part / "reference")
+        elif config.reference == "replay":
+            found = next((r for r in results if r.name == "replay"), None)
+            replayed = found or run.compute("replay", METHODS["replay"][1], theta)
+            reference, retrain_seconds = theta + replayed.correction.v, replayed.seconds
+        rows = table(run, theta, results, reference, retrain_seconds)
+        result = {
+            "status": "done",
+            "rel_error": next(row for row in rows if row["method"] == main.name)["rel_error"],
+            "seconds_unlearn": main.seconds,
+            "seconds_retrain": retrain_seconds,
+            "gradients_equivalent": main.correction.gradients_equivalent,
+            "v_norm": main.correction.v.norm(),
+            "n_units": len(main.correction.audit),
+            "world_size": runtime.world_size,
+            "engine": run.log.manifest.engine,
+            "config": asdict(config),
+            "versions": package_versions(),
+            "log_fingerprint": run.log.fingerprint,
+            "request": {
+                "samples": len(run.forgotten_ids()),
+                "steps": len(run.touched),
+                "num_steps": tau,
+                "counterfactual": run.request.kind,
+            },
+            "rows": rows,
+        }
+        corrected = theta + main.correction.v
+        write_results(part, run.log, run.module.module, corrected, main.correction, result, run.tokenizer)
     return result
-
-
-def remove_folder_if_main(folder: Path, runtime: Runtime) -> None:
-    """Clears what an interrupted run left under its temporary name. Collective."""
-    import shutil
-
-    with agreement():
-        if runtime.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
 
 
 def table(
@@ -289,30 +263,3 @@ def table(
         steps = sum(record.applied for record in run.log.records())
         rows.append(row("retrain", "retrain from scratch", reference, float(steps), retrain_seconds))
     return rows
-
-
-def export(run: UnlearningRun, folder: Path, theta: ShardedVector) -> str:
-    """Writes the corrected model as a Hugging Face checkpoint with its tokenizer. Collective."""
-    dtypes = {row["name"]: getattr(torch, row["dtype"]) for row in run.log.manifest.parameters}
-    with agreement():
-        if run.runtime.is_main:
-            folder.mkdir(parents=True)
-            config = replace_config(run.model_config, run.module.module)
-            config.save_pretrained(folder)
-            run.tokenizer.save_pretrained(folder)
-            generation = getattr(run.module.module, "generation_config", None)
-            if generation is not None:
-                generation.save_pretrained(folder)
-    dist.barrier()
-    return write_checkpoint(folder, theta, dtypes)
-
-
-def replace_config(config: Any, module: torch.nn.Module) -> Any:
-    """The config as save_pretrained would write it for this model."""
-    config.architectures = [type(module).__name__]
-    config.use_cache = True
-    config.dtype = "float32"
-    return config
-
-
-__all__ = ["MethodResult", "SampleDataset", "UnlearningRun", "replace", "unlearn"]

@@ -1,0 +1,154 @@
+"""The library's two front doors: forget batches, forget samples, from a log and the data it was trained on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmc_dist.config import Counterfactual as Kind
+from lmc_dist.curvature import HVPConfig
+from lmc_dist.data import SampleDataset
+from lmc_dist.errors import LmcError
+from lmc_dist.runtime import agreement
+from lmc_dist.shards.engines import engine_shards
+from lmc_dist.shards.fingerprint import model_fingerprint
+from lmc_dist.shards.module import ShardedModule, build_skeleton
+from lmc_dist.trajectory.batches import BatchSource, DatasetBatches
+from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.logger import package_versions
+from lmc_dist.trajectory.store import TrajectoryLog
+from lmc_dist.unlearn.correction import Correction, apply_correction, compute_correction
+from lmc_dist.unlearn.request import make_request
+from lmc_dist.unlearn.results import check_output_dir, promoted, write_results
+
+
+def run_lmcleaner_batch_unlearning(
+    model: Any,
+    training_log_dir: str,
+    forget_batch_ids: Iterable[int],
+    K: int | None = None,
+    hessian_mode: str = "GGN",
+    damping: float = 0.0,
+    output_dir: str | None = None,
+    *,
+    dataset: SampleDataset | BatchSource,
+    apply_immediately: bool = True,
+    tokenizer: Any = None,
+) -> Correction:
+    """Removes whole batches (counterfactual `skip`: those steps do not happen). Collective.
+
+    Args:
+        model: The live DeepSpeed ZeRO-3 engine at θ_τ, or a Hugging Face model or config of the architecture (then
+            only files are written).
+        training_log_dir: The trajectory log.
+        forget_batch_ids: Batch ids of the log.
+        K: Steps each source is propagated; None is all.
+        hessian_mode: `GGN` or `none`.
+        damping: λ ≥ 0.
+        output_dir: Where model/, correction/, audit/ and result.json go; None writes nothing.
+        dataset: The training data, by sample id.
+        apply_immediately: Add v to a live engine's weights.
+        tokenizer: Saved with the model.
+
+    Returns:
+        The correction.
+
+    Raises:
+        LmcError: On every rank, before any long work, for whatever does not fit.
+    """
+    request = make_request(batch_ids=forget_batch_ids)
+    hvp = HVPConfig(hessian_mode, damping)
+    return _run(model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer)
+
+
+def run_lmcleaner_sample_unlearning(
+    model: Any,
+    training_log_dir: str,
+    forget_sample_ids: Iterable[int],
+    K: int | None = None,
+    hessian_mode: str = "GGN",
+    damping: float = 0.0,
+    output_dir: str | None = None,
+    *,
+    dataset: SampleDataset | BatchSource,
+    counterfactual: Kind = "renormalize",
+    apply_immediately: bool = True,
+    tokenizer: Any = None,
+) -> Correction:
+    """Removes samples wherever they occur; see `run_lmcleaner_batch_unlearning`. Collective.
+
+    Args:
+        model: As there.
+        training_log_dir: The trajectory log.
+        forget_sample_ids: The dataset's own ids.
+        K: As there.
+        hessian_mode: As there.
+        damping: As there.
+        output_dir: As there.
+        dataset: As there.
+        counterfactual: `renormalize` or `zero`.
+        apply_immediately: As there.
+        tokenizer: As there.
+    """
+    request = make_request(sample_ids=forget_sample_ids, kind=counterfactual)
+    hvp = HVPConfig(hessian_mode, damping)
+    return _run(model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer)
+
+
+def _run(
+    model: Any,
+    training_log_dir: str,
+    request: Counterfactual,
+    K: int | None,
+    hvp: HVPConfig,
+    output_dir: str | None,
+    dataset: SampleDataset | BatchSource,
+    apply_immediately: bool,
+    tokenizer: Any,
+) -> Correction:
+    is_engine = hasattr(model, "module") and hasattr(model, "optimizer")
+    device = getattr(model, "device", torch.device("cpu")) if is_engine else torch.device("cpu")
+    with agreement():
+        if output_dir is not None:
+            check_output_dir(Path(output_dir))
+        log = TrajectoryLog(training_log_dir)
+        inner = model.module if is_engine else model
+        skeleton = build_skeleton(getattr(inner, "config", inner), device)
+        if model_fingerprint(skeleton) != log.manifest.model_fingerprint:
+            raise LmcError(f"the model is not the one logged in {training_log_dir}: other config or parameters")
+        if isinstance(dataset, SampleDataset):
+            if log.manifest.dataset_fingerprint not in (None, dataset.fingerprint):
+                raise LmcError(f"the dataset is not the one logged in {training_log_dir}: other fingerprint")
+            batches: BatchSource = DatasetBatches(dataset, device)
+        else:
+            batches = dataset
+    theta = log.theta(log.num_steps)
+    if is_engine and apply_immediately:
+        engine_shards(model).verify(theta)
+    module = ShardedModule(skeleton, log.layout, device)
+    started = time.perf_counter()
+    correction = compute_correction(log, module, batches, request, hvp, K)
+    result = {
+        "status": "done",
+        "rel_error": None,
+        "seconds_unlearn": time.perf_counter() - started,
+        "seconds_retrain": None,
+        "gradients_equivalent": correction.gradients_equivalent,
+        "v_norm": correction.v.norm(),
+        "n_units": len(correction.audit),
+        "world_size": log.layout.world_size,
+        "engine": log.manifest.engine,
+        "config": {"K": K, "hessian_mode": hvp.mode, "damping": hvp.damping, "counterfactual": request.kind},
+        "versions": package_versions(),
+        "log_fingerprint": log.fingerprint,
+    }
+    if output_dir is not None:
+        with promoted(Path(output_dir)) as part:
+            write_results(part, log, skeleton, theta + correction.v, correction, result, tokenizer)
+    if is_engine and apply_immediately:
+        apply_correction(model, correction)
+    return correction
