@@ -36,9 +36,7 @@ def dense(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     theta = ShardedVector.from_full(layout, model.get_parameter).flat
 
     def logits(flat: torch.Tensor) -> torch.Tensor:
-        named = {
-            s.spec.name: flat[s.global_offset : s.global_offset + s.spec.numel].view(s.spec.shape) for s in layout
-        }
+        named = {s.spec.name: flat[s.global_offset : s.global_offset + s.spec.numel].view(s.spec.shape) for s in layout}
         return functional_call(model, named, (), {"input_ids": ids}).logits
 
     with KeepDouble(), sdpa_kernel(SDPBackend.MATH):

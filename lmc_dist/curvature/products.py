@@ -27,13 +27,14 @@ def accumulate(
     product: MicroProduct,
 ) -> ShardedVector:
     """Σ over ranks and micro-batches of `product(θ, vectors, micro)`, all gathered (W, L). Collective."""
-    full = module.gather(theta.flat.detach()).requires_grad_()
-    full_vectors = [module.gather(vector.flat.detach()) for vector in vectors]
+    device = module.device  # vectors may lie in host memory, the work is done where the model is
+    full = module.gather(theta.flat.detach().to(device)).requires_grad_()
+    full_vectors = [module.gather(vector.flat.detach().to(device)) for vector in vectors]
     total = torch.zeros_like(full, requires_grad=False)
     for micro in micro_batches:
         with module.randomness(micro.rng_state):
             total += product(full, full_vectors, micro)
-    return theta.like(reduce_scatter(total, module.layout.group))
+    return theta.like(reduce_scatter(total, module.layout.group).to(theta.flat.device))
 
 
 def weighted_gradient(
@@ -53,7 +54,7 @@ def summed_loss(
     module: ShardedModule, loss: Loss, theta: ShardedVector, micro_batches: Sequence[MicroBatch]
 ) -> tuple[float, int]:
     """(Σ_i ℓ_i, number of targets) over the micro-batches of all ranks, weights left out. Collective."""
-    full = module.gather(theta.flat.detach())
+    full = module.gather(theta.flat.detach().to(module.device))
     sums = torch.zeros(2, dtype=torch.float64, device=full.device)
     for micro in micro_batches:
         with module.randomness(micro.rng_state):

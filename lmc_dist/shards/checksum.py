@@ -13,20 +13,20 @@ import torch.distributed as dist
 from lmc_dist.shards.vector import ShardedVector
 
 _CHUNK = 1 << 18  # elements at a time; integers take eight bytes each
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def local_checksum(vector: ShardedVector) -> torch.Tensor:
     """This rank's share: int64 tensor (Σ bits, Σ index · bits), wrapping."""
     total = torch.zeros(2, dtype=torch.int64, device=vector.flat.device)
     for slot in vector.layout:
-        bits = vector[slot.spec.name].view(_BITS[vector.flat.element_size()])
+        bits = vector[slot.spec.name].view(BITS[vector.flat.element_size()])
         first = slot.global_offset + slot.start
         for i in range(0, bits.numel(), _CHUNK):
             chunk = bits[i : i + _CHUNK].to(torch.int64)
             index = torch.arange(first + i, first + i + chunk.numel(), device=chunk.device)
             total[0] += chunk.sum()
-            total[1] += torch.dot(chunk, index)
+            total[1] += (chunk * index).sum()  # CUDA has no integer dot
     return total
 
 

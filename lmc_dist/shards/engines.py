@@ -114,20 +114,22 @@ class ZeRO3Shards:
         return {key: ShardedVector.from_shards(self.layout, tensors) for key, tensors in shards.items()}, scalars
 
     def write_state(self, vectors: dict[str, ShardedVector], scalars: dict[str, float]) -> None:
-        """Restores what `read_state` returned. Local.
-
-        Raises:
-            LmcError: The optimizer holds other state than given.
-        """
-        present = {key for key, _, _ in self._state()}
-        if present != set(vectors):
-            raise LmcError(f"the snapshot holds optimizer state {sorted(vectors)}, the engine has {sorted(present)}")
+        """Replaces all optimizer state by what `read_state` returned; an optimizer that never stepped has none. Local."""
+        optimizer = self.optimizer.optimizer
+        for flat in self.optimizer.fp32_partitioned_groups_flat:
+            state = optimizer.state[flat]
+            state.clear()
+            for key in vectors:
+                state[key] = torch.zeros_like(flat)
+            for key, value in scalars.items():
+                state[key] = torch.tensor(value, dtype=torch.float32)
         for key, name, view in self._state():
             view.copy_(vectors[key][name])
-        for flat in self.optimizer.fp32_partitioned_groups_flat:
-            for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
-                if key in scalars and torch.is_tensor(value):
-                    value.fill_(scalars[key])
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the optimizer keeps anything from one step to the next."""
+        return any(self.optimizer.optimizer.state.get(f) for f in self.optimizer.fp32_partitioned_groups_flat)
 
     @property
     def applied(self) -> bool:

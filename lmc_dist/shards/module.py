@@ -46,11 +46,12 @@ class ShardedModule:
 
     def call(self, full: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
         """Forward pass with the parameters unpacked from gathered shards (W, L). Local."""
-        return functional_call(self.module, unpack(full, self.layout), args=(), kwargs=dict(inputs))
+        return self.call_with(unpack(full, self.layout), inputs)
 
     def call_with(self, parameters: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> Any:
         """Forward pass with whole parameters given by name (dual numbers included). Local."""
-        return functional_call(self.module, dict(parameters), args=(), kwargs=dict(inputs))
+        with plain_linear():
+            return functional_call(self.module, dict(parameters), args=(), kwargs=dict(inputs))
 
     def __call__(self, flat: torch.Tensor, **inputs: Any) -> Any:
         """Forward pass from this rank's flat shards; differentiable in any order with respect to `flat`. Collective."""
@@ -72,6 +73,20 @@ class ShardedModule:
             set_rng_state(rng_state, self.device)
             yield
         self.module.eval()
+
+
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """torch's own `linear` for the time of a forward pass.
+
+    DeepSpeed ZeRO-3 replaces `torch.nn.functional.linear` for the whole process by a version without forward mode.
+    """
+    present = torch.nn.functional.linear
+    torch.nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = present
 
 
 def get_rng_state(device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The files of a log: atomic writes, per-rank shard files, snapshots. No pickle anywhere.
 
 A shard file is a safetensors file of 1-D tensors, one a rank; names, bounds and world size make it readable at any
-other world size. Its metadata is also what torch.distributed.checkpoint's Hugging Face reader needs.
+other world size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lmc_dist.errors import LmcError
+from lmc_dist.runtime import agreement
+from lmc_dist.shards.checksum import BITS
 from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot, group_rank, shard_bounds
 from lmc_dist.shards.vector import ShardedVector
 
@@ -67,7 +69,6 @@ def write_shard_file(
 ) -> None:
     """Writes this rank's tensors of one step. `tensors` hold unpadded shards, named as the layout's slots."""
     folder.mkdir(parents=True, exist_ok=True)
-    sharding = {name: {"saved_offsets": [layout.slots[name].start]} for name in tensors if name in layout.slots}
     path = folder / rank_file(layout.rank, layout.world_size)
     part = path.with_suffix(".part")
     save_file(
@@ -75,8 +76,6 @@ def write_shard_file(
         part,
         metadata={
             "format": "pt",
-            "DCP_VERSION": "1.0",
-            "DCP_SHARDING_INFO": json.dumps(sharding),
             "rank": str(layout.rank),
             "world_size": str(layout.world_size),
             **metadata,
@@ -183,7 +182,8 @@ def exact_update(theta: ShardedVector, after: ShardedVector) -> dict[str, torch.
         before, target = theta[name], after[name]
         u = target - before
         tensors[name] = u
-        wrong = (before + u != target).nonzero().squeeze(-1)
+        bits = BITS[u.element_size()]  # not the values: −0.0 equals 0.0
+        wrong = ((before + u).view(bits) != target.view(bits)).nonzero().squeeze(-1)
         if wrong.numel():
             tensors[name + FIX_INDEX] = wrong + slot.start
             tensors[name + FIX_VALUE] = target[wrong]
@@ -206,10 +206,10 @@ def save_snapshot(
 
     rank, _ = group_rank(group)
     part = folder.with_name(folder.name + ".part")
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    dist.barrier(group)
+    with agreement(group):
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
     state = {
         f"{kind}/{name}": tensor for kind, vector in vectors.items() for name, tensor in flat_tensors(vector).items()
     }
@@ -218,13 +218,13 @@ def save_snapshot(
         storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
         process_group=group,
     )
-    if rank == 0:
-        for path in part.iterdir():
-            fsync_path(path)
-        write_json(part / "meta.json", {**meta, "kinds": sorted(vectors)})
-        part.replace(folder)
-        fsync_path(folder.parent)
-    dist.barrier(group)
+    with agreement(group):
+        if rank == 0:
+            for path in part.iterdir():
+                fsync_path(path)
+            write_json(part / "meta.json", {**meta, "kinds": sorted(vectors)})
+            part.replace(folder)
+            fsync_path(folder.parent)
 
 
 def load_snapshot(folder: Path, layout: ShardLayout, kinds: list[str], dtype: torch.dtype) -> dict[str, ShardedVector]:
@@ -245,13 +245,15 @@ def load_snapshot(folder: Path, layout: ShardLayout, kinds: list[str], dtype: to
 
 
 def flat_tensors(vector: ShardedVector) -> dict[str, torch.Tensor]:
-    """The vector as 1-D DTensors, one a parameter, sharing memory with it."""
+    """The vector as 1-D DTensors, one a parameter, sharing memory with it; plain tensors without a process group."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
     layout = vector.layout
     if layout.rule != "zero3":
         raise LmcError(f"snapshots of '{layout.rule}' shards are not available yet")
+    if not dist.is_initialized():
+        return dict(vector.items())
     mesh = (
         DeviceMesh.from_group(layout.group, "cpu")
         if layout.group is not None

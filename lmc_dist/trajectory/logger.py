@@ -102,6 +102,8 @@ class TrainingLogger:
         for name, value in (("max_steps", max_steps), ("save_interval", save_interval)):
             if value is not None and value < 1:
                 raise LmcError(f"{name} must be at least 1 or null, got {value}")
+        if max_steps is not None and save_interval is None:
+            raise LmcError("a ring (max_steps) needs save_interval: what is left must start at a snapshot")
         self.log_dir = Path(log_dir)
         self.max_steps, self.mode, self.save_interval = max_steps, mode, save_interval
         self.dataset_fingerprint, self.run = dataset_fingerprint, run or {}
@@ -142,7 +144,11 @@ class TrainingLogger:
         module, optimizer = shards.module, shards.optimizer.optimizer
         # ZeRO-3 regroups parameters into sub-groups; their order follows the client's groups, whose settings they share.
         settings = [
-            {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str, bool, type(None)))}
+            {
+                k: v
+                for k, v in group.items()
+                if k != "params" and isinstance(v, (int, float, str, bool, tuple, type(None)))
+            }
             for group in optimizer.param_groups
         ]
         groups = parameter_groups(shards)
@@ -264,11 +270,13 @@ class TrainingLogger:
         update = after - attached.before
         total, stats = step_statistics(update, after, attached.passes, layout)
         u_norm = stats["u_square"] ** 0.5
-        applied = shards.applied and (grad_norm != 0 or u_norm > 0)
-        self._check(step, applied, u_norm, lrs, stats, layout)
+        # Without a gradient nothing happened, unless the optimizer carries momentum or counts its steps.
+        applied = shards.applied and (grad_norm != 0 or u_norm > 0 or shards.has_state)
+        self._check(step, applied and grad_norm != 0, u_norm, lrs, stats, layout)
         tensors = None
-        if self.mode == "update" and applied:
-            tensors = attached.writer.write_update(step, attached.before, after)
+        with agreement(layout.group):
+            if self.mode == "update" and applied:
+                tensors = attached.writer.write_update(step, attached.before, after)
         wires = gather_to_main([p.to_wire() for p in attached.passes], layout)
         error = None
         if layout.rank == 0:
@@ -300,19 +308,18 @@ class TrainingLogger:
         self.step = step + 1
         if self.save_interval is not None and self.step % self.save_interval == 0:
             self._snapshot(attached, self.step, total)
-            attached.writer.trim(step)
 
     def _check(
         self,
         step: int,
-        applied: bool,
+        has_gradient: bool,
         u_norm: float,
         lrs: tuple[float, ...],
         stats: dict[str, Any],
         layout: ShardLayout,
     ) -> None:
         """What is silently wrong elsewhere is an error here, the same on every rank."""
-        if applied and u_norm == 0 and any(lrs):
+        if has_gradient and u_norm == 0 and any(lrs):
             raise LmcError(f"step {step}: the optimizer stepped with lr {lrs} but no weight changed")
         if layout.world_size > 1 and stats["same_ids"]:
             raise LmcError(
@@ -324,6 +331,8 @@ class TrainingLogger:
     def _snapshot(self, attached: _Attached, step: int, total: str) -> None:
         state, scalars = attached.shards.read_state()
         attached.writer.snapshot(step, {"theta": attached.before, **state}, scalars, total)
+        with agreement(attached.shards.layout.group):
+            attached.writer.trim(step - 1)
 
     def _require_attached(self) -> _Attached:
         if self._attached is None:
@@ -413,10 +422,8 @@ def merge_passes(
                 "declare loss_normalization='given' if that is meant (such a log cannot be renormalised)"
             )
         denominators = [items.pop()] * len(passes)
-    keep_state = all(p["state"] is not None for _, _, p in passes)
     records = tuple(
-        MicroRecord(r, m, tuple(p["ids"]), d, p["state"] if keep_state else None)
-        for (r, m, p), d in zip(passes, denominators, strict=True)
+        MicroRecord(r, m, tuple(p["ids"]), d, p["state"]) for (r, m, p), d in zip(passes, denominators, strict=True)
     )
     losses = [p["loss"] for _, _, p in passes]
     if None in losses:

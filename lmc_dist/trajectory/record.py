@@ -6,7 +6,7 @@ Step s takes θ_s to θ_{s+1} = θ_s + u_s; steps are counted from 0 over the wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -105,6 +105,12 @@ class Trajectory(Protocol):
 
     def record(self, step: int) -> StepRecord: ...
 
+    def records(self) -> Iterator[StepRecord]:
+        """All steps, also those whose tensors are gone."""
+
+    def require(self, first_step: int) -> None:
+        """Raises LmcError unless steps ≥ first_step can be propagated along. Local."""
+
     def theta(self, step: int) -> ShardedVector:
         """A copy of θ_s, 0 ≤ s ≤ τ. Collective."""
 
@@ -138,8 +144,11 @@ class StepLog:
         self.layout = theta.layout
         self.max_steps = max_steps
         self._first = first_step
+        self._start = first_step
         self._thetas: deque[ShardedVector] = deque([theta.clone()])
-        self._records: deque[StepRecord] = deque()
+        self._records: list[
+            StepRecord
+        ] = []  # also of steps that left the ring: they say what can no longer be forgotten
 
     def append(self, record: StepRecord, theta: ShardedVector) -> None:
         """Adds a step and the θ_{s+1} it led to (copied)."""
@@ -147,8 +156,7 @@ class StepLog:
             raise LmcError(f"step {record.step} does not follow the last step {self.num_steps - 1} of the log")
         self._records.append(record)
         self._thetas.append(theta.clone())
-        if self.max_steps is not None and len(self._records) > self.max_steps:
-            self._records.popleft()
+        if self.max_steps is not None and len(self._thetas) > self.max_steps + 1:
             self._thetas.popleft()
             self._first += 1
 
@@ -158,29 +166,37 @@ class StepLog:
 
     @property
     def num_steps(self) -> int:
-        return self._first + len(self._records)
+        return self._start + len(self._records)
 
-    def _index(self, step: int, count: int) -> int:
-        if not self._first <= step < self._first + count:
+    def require(self, first_step: int) -> None:
+        """Checks that steps ≥ first_step are still there. Local.
+
+        Raises:
+            LmcError: They left the ring.
+        """
+        if first_step < self._first:
             raise LmcError(
-                f"step {step} is not in memory: steps {self._first} to {self.num_steps - 1} remain "
+                f"step {first_step} fell out of the ring: steps {self._first} to {self.num_steps - 1} remain "
                 f"(max_steps={self.max_steps}; a larger ring would have kept it)"
             )
-        return step - self._first
 
     def record(self, step: int) -> StepRecord:
-        return self._records[self._index(step, len(self._records))]
+        if not self._start <= step < self.num_steps:
+            raise LmcError(f"step {step} is not in the log, which holds steps {self._start} to {self.num_steps - 1}")
+        return self._records[step - self._start]
 
-    def records(self) -> Sequence[StepRecord]:
-        return tuple(self._records)
+    def records(self) -> Iterator[StepRecord]:
+        return iter(self._records)
 
     def theta(self, step: int) -> ShardedVector:
-        return self._thetas[self._index(step, len(self._thetas))].clone()
+        self.require(step)
+        return self._thetas[step - self._first].clone()
 
     def update(self, step: int) -> ShardedVector:
-        index = self._index(step, len(self._records))
-        return self._thetas[index + 1] - self._thetas[index]
+        self.require(step)
+        return self._thetas[step - self._first + 1] - self._thetas[step - self._first]
 
     def advance(self, theta: ShardedVector, step: int) -> ShardedVector:
-        theta.flat.copy_(self._thetas[self._index(step, len(self._records)) + 1].flat)
-        return self.update(step)
+        update = self.update(step)
+        theta.flat.copy_(self._thetas[step - self._first + 1].flat)
+        return update

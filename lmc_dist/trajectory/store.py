@@ -13,6 +13,7 @@ import shutil
 import sqlite3
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class LogWriter:
     def __init__(self, log_dir: str | Path, manifest: TrajectoryManifest, layout: ShardLayout) -> None:
         self.path, self.manifest, self.layout = Path(log_dir), manifest, layout
         self._database: sqlite3.Connection | None = None
+        self._snapshots: set[int] = set()
         with agreement(layout.group):
             if layout.rank == 0:
                 if self.path.exists() and any(self.path.iterdir()):
@@ -77,9 +79,10 @@ class LogWriter:
 
     def snapshot(self, step: int, vectors: dict[str, ShardedVector], scalars: dict[str, Any], checksum: str) -> None:
         """θ_step (`theta`) and optimizer state. Collective."""
-        folder = self.path / snapshot_folder(step)
-        if folder.exists():
+        if step in self._snapshots:
             return
+        folder = self.path / snapshot_folder(step)
+        self._snapshots.add(step)
         save_snapshot(folder, vectors, {"step": step, "checksum": checksum, "scalars": scalars}, self.layout.group)
 
     def write_update(self, step: int, before: ShardedVector, after: ShardedVector) -> str:
@@ -91,7 +94,7 @@ class LogWriter:
     def write_row(self, record: StepRecord, tensors: str | None) -> None:
         """One transaction; call on rank 0 after all ranks' tensors are on disk."""
         assert self._database is not None
-        states = [micro.random_state for micro in record.micro_batches]
+        states = [micro.random_state for micro in record.micro_batches if micro.random_state is not None]
         row = {
             "step": record.step,
             "batch_id": record.batch_id,
@@ -105,11 +108,17 @@ class LogWriter:
             "applied": int(record.applied),
             "micro_batches": json.dumps(
                 [
-                    {"rank": m.rank, "micro_step": m.micro_step, "denominator": m.denominator, "ids": m.sample_ids}
+                    {
+                        "rank": m.rank,
+                        "micro_step": m.micro_step,
+                        "denominator": m.denominator,
+                        "ids": m.sample_ids,
+                        "random": m.random_state is not None,
+                    }
                     for m in record.micro_batches
                 ]
             ),
-            "random_state": None if None in states or not states else zlib.compress(b"".join(states)),  # type: ignore[arg-type]
+            "random_state": zlib.compress(b"".join(states)) if states else None,
             "u_norm": record.u_norm,
             "checksum": record.checksum,
             "tensors": tensors,
@@ -129,8 +138,10 @@ class LogWriter:
             return
         first_kept = max(usable)
         for step in usable:
-            if step < first_kept:
-                shutil.rmtree(self.path / snapshot_folder(step))
+            if step < first_kept:  # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
+                doomed = self.path / "snapshots" / f"deleted-{step}"
+                (self.path / snapshot_folder(step)).rename(doomed)
+                shutil.rmtree(doomed)
         assert self._database is not None
         rows = self._database.execute("SELECT step FROM steps WHERE tensors IS NOT NULL AND step < ?", (first_kept,))
         for (step,) in rows.fetchall():
@@ -147,7 +158,7 @@ class LogWriter:
 def snapshot_steps(log_dir: Path) -> list[int]:
     """Steps N of the whole snapshots θ_N, ascending."""
     folders = (log_dir / "snapshots").glob("step-*")
-    numbers = (re.fullmatch(r"step-(\d+)", folder.name) for folder in folders)
+    numbers = (re.fullmatch(r"step-(\d+)", folder.name) for folder in folders if (folder / "meta.json").is_file())
     return sorted(int(m.group(1)) for m in numbers if m)
 
 
@@ -182,10 +193,7 @@ class TrajectoryLog:
         if not path.is_file():
             raise LmcError(f"{path} is missing: the log is incomplete")
         try:
-            connection = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True)
-            connection.row_factory = sqlite3.Row
-            rows = connection.execute("SELECT * FROM steps ORDER BY step").fetchall()
-            connection.close()
+            rows = read_rows(path)
             self._tensors = {row["step"]: row["tensors"] for row in rows}
             records = [read_row(row) for row in rows]
         except (sqlite3.DatabaseError, KeyError, IndexError, ValueError, zlib.error) as error:
@@ -308,14 +316,29 @@ class TrajectoryLog:
             raise LmcError(f"{what} does not have the logged checksum: the log is damaged")
 
 
+def read_rows(path: Path) -> list[sqlite3.Row]:
+    """All rows of the step table; a transaction that a killed writer left open is rolled back where we may write."""
+    for mode in ("rw", "ro"):
+        try:
+            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True)) as connection:
+                connection.row_factory = sqlite3.Row
+                return connection.execute("SELECT * FROM steps ORDER BY step").fetchall()
+        except sqlite3.OperationalError:
+            if mode == "ro":
+                raise
+    raise AssertionError
+
+
 def read_row(row: sqlite3.Row) -> StepRecord:
     """A row of the step table as a record."""
     micros = json.loads(row["micro_batches"])
     states: list[bytes | None] = [None] * len(micros)
     if row["random_state"] is not None:
         blob = zlib.decompress(row["random_state"])
-        size = len(blob) // len(micros)
-        states = [blob[i * size : (i + 1) * size] for i in range(len(micros))]
+        drew = [i for i, m in enumerate(micros) if m["random"]]
+        size = len(blob) // len(drew)
+        for place, i in enumerate(drew):
+            states[i] = blob[place * size : (place + 1) * size]
     return StepRecord(
         step=int(row["step"]),
         batch_id=int(row["batch_id"]),

@@ -19,7 +19,6 @@ from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import ShardReader, write_shard_file
 from lmc_dist.trajectory.record import Trajectory
-from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.sweep import sweep
@@ -34,11 +33,17 @@ class Correction:
         v: θ̂_τ − θ_τ, sharded like the trajectory, float32 or better.
         audit: One record a forget unit.
         gradients_equivalent: Cost in gradients of a whole training batch.
+        theta_hat: The corrected weights where the method found them itself (replay): θ + v can round differently.
     """
 
     v: ShardedVector
     audit: tuple[AuditRecord, ...]
     gradients_equivalent: float
+    theta_hat: ShardedVector | None = None
+
+    def corrected(self, theta: ShardedVector) -> ShardedVector:
+        """θ̂ = θ + v."""
+        return theta + self.v if self.theta_hat is None else self.theta_hat
 
     def save(self, folder: str | Path) -> None:
         """Writes this rank's shards; readable at any world size. Every rank calls."""
@@ -84,16 +89,13 @@ def compute_correction(
             raise LmcError(f"K must be ≥ 0 or null, got {K}")
         manifest = trajectory.manifest
         check_supported(manifest.optimizer)
-        records = [trajectory.record(step) for step in range(trajectory.num_steps) if step >= trajectory.first_step]
-        if isinstance(trajectory, TrajectoryLog):
-            records = list(trajectory.records())
+        records = list(trajectory.records())
         touched = check_request(counterfactual, records, batches, manifest.loss_normalization)
         if not touched:
             raise LmcError("no logged step that changed the weights holds any of the forgotten data")
         first = touched[0].step
-        if isinstance(trajectory, TrajectoryLog):
-            trajectory.require(first)
-        clipped = [record.step for record in records if record.step >= first and record.clip_coef < 1]
+        trajectory.require(first)
+        clipped = [r.step for r in records if r.step >= first and r.applied and r.clip_coef < 1]
         if clipped:
             raise LmcError(
                 f"{len(clipped)} steps were clipped, the first at {clipped[0]} (max_grad_norm={manifest.max_grad_norm}): "

@@ -47,7 +47,7 @@ def retrain(run: UnlearningRun, folder: Path) -> tuple[ShardedVector, float]:
             raise LmcError(f"the reference training failed with status {status}: {tail[0]} (all of it: {output})")
     seconds = time.perf_counter() - started
     log = TrajectoryLog(folder / "log")
-    if (theirs := log.theta(0)) is not None and (run.log.theta(0) - theirs).norm() != 0 and run.log.first_step == 0:
+    if run.log.first_step == 0 and (run.log.theta(0) - log.theta(0)).norm() != 0:
         raise LmcError("the reference did not start from the logged initial weights: is model.path still the same?")
     return log.theta(log.num_steps), seconds
 

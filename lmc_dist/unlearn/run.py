@@ -97,10 +97,20 @@ class UnlearningRun:
         if unknown := [name for name in self._compared() if name not in METHODS]:
             raise LmcError(f"compare: unknown method '{unknown[0]}'; available: {', '.join(METHODS)}")
         if self.config.reference == "retrain":
-            if "config" not in TrajectoryLog(self.config.log_dir).manifest.run:
-                raise LmcError(
-                    "reference 'retrain' repeats a run of launch/train.py, and this log is not of one: use 'replay'"
-                )
+            self._check_reference()
+
+    def _check_reference(self) -> None:
+        log, world_size = TrajectoryLog(self.config.log_dir), self.runtime.world_size
+        if "config" not in log.manifest.run:
+            raise LmcError(
+                "reference 'retrain' repeats a run of launch/train.py, and this log is not of one: use 'replay'"
+            )
+        draws = any(m.random_state is not None for record in log.records() for m in record.micro_batches)
+        if draws and world_size != log.manifest.world_size:
+            raise LmcError(
+                f"the log was trained with dropout on {log.manifest.world_size} ranks: a retrain on {world_size} ranks "
+                "would draw other random numbers; start as many ranks, or use --reference replay"
+            )
 
     def _compared(self) -> list[str]:
         return [name.strip() for name in self.config.compare.split(",") if name.strip()]
@@ -108,7 +118,11 @@ class UnlearningRun:
     def methods(self) -> list[tuple[str, dict[str, Any]]]:
         """The configured method first, then those to compare with."""
         unlearn = self.config.unlearn
-        own = {"hessian_mode": unlearn.hessian_mode, "replay_head": unlearn.replay_head}
+        own = {
+            "hessian_mode": unlearn.hessian_mode,
+            "replay_head": unlearn.replay_head,
+            "damping": unlearn.damping,
+        }
         name = "replay" if unlearn.replay_head == "all" else {"none": "tim", "GGN": "ggn"}[unlearn.hessian_mode]
         return [(name, own), *((other, METHODS[other][1]) for other in self._compared() if other != name)]
 
@@ -136,7 +150,7 @@ class UnlearningRun:
             else:
                 unlearn = self.config.unlearn
                 label += f", K={'all' if unlearn.K is None else unlearn.K}" if name == "ggn" else ""
-                hvp = HVPConfig(settings["hessian_mode"], unlearn.damping if name == "ggn" else 0.0)
+                hvp = HVPConfig(settings["hessian_mode"], settings.get("damping", 0.0))
                 correction = compute_correction(
                     self.log, self.module, self.batches, self.request, hvp, unlearn.K, progress=progress
                 )
@@ -168,7 +182,7 @@ class UnlearningRun:
             seconds=time.perf_counter() - started,
             growth_max=None,
         )
-        return Correction(v, (audit,), float(result.steps))
+        return Correction(v, (audit,), float(result.steps), result.theta)
 
     def _progress(self, name: str) -> Any:
         return StepProgress(name, self.touched[0].step, self.log.num_steps, enabled=self.runtime.is_main)
@@ -206,7 +220,7 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
         elif config.reference == "replay":
             found = next((r for r in results if r.name == "replay"), None)
             replayed = found or run.compute("replay", METHODS["replay"][1], theta)
-            reference, retrain_seconds = theta + replayed.correction.v, replayed.seconds
+            reference, retrain_seconds = replayed.correction.corrected(theta), replayed.seconds
         rows = table(run, theta, results, reference, retrain_seconds)
         result = {
             "status": "done",
@@ -229,7 +243,7 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
             },
             "rows": rows,
         }
-        corrected = theta + main.correction.v
+        corrected = main.correction.corrected(theta)
         write_results(part, run.log, run.module.module, corrected, main.correction, result, run.tokenizer)
     return result
 
@@ -258,7 +272,7 @@ def table(
 
     rows = [row("do_nothing", "do nothing", theta, 0.0, 0.0)]
     for r in sorted(results, key=lambda r: list(METHODS).index(r.name)):
-        rows.append(row(r.name, r.label, theta + r.correction.v, r.correction.gradients_equivalent, r.seconds))
+        rows.append(row(r.name, r.label, r.correction.corrected(theta), r.correction.gradients_equivalent, r.seconds))
     if run.config.reference == "retrain" and reference is not None:
         steps = sum(record.applied for record in run.log.records())
         rows.append(row("retrain", "retrain from scratch", reference, float(steps), retrain_seconds))

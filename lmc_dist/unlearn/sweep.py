@@ -9,10 +9,13 @@ each step with a source opens a window of K steps; the windows' end values add u
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from lmc_dist.curvature import HVPConfig, Loss, hvp_apply
 from lmc_dist.errors import LmcError
@@ -26,8 +29,12 @@ from lmc_dist.unlearn.plan import GRADIENTS_PER_PRODUCT
 from lmc_dist.unlearn.source import micro_batches, share, source
 from lmc_dist.update_rules import SGDTangent
 
+logger = logging.getLogger(__name__)
+
 # ‖v‖ beyond this multiple of all sources added up is divergence: a stable sweep keeps it near or below one.
 GROWTH_LIMIT = 1e3
+# A PSD curvature within the stability limit never lengthens v; a little room is left for weight changes between steps.
+GROWTH_WARNING = 1.05
 
 
 @dataclass
@@ -98,7 +105,8 @@ class _Sweep:
         manifest = trajectory.manifest
         self.tangent = SGDTangent(trajectory.layout, manifest.parameters, manifest.optimizer["groups"])
         self.windows: list[Window] = []
-        self.done: list[Window] = []
+        self.done: list[AuditRecord] = []
+        self.total = ShardedVector.zeros(trajectory.layout)
         self.cost = 0.0
         self.source_total = 0.0
         self.started = time.perf_counter()
@@ -107,7 +115,7 @@ class _Sweep:
         trajectory, tau = self.trajectory, self.trajectory.num_steps
         first = first_touched(trajectory, self.counterfactual)
         theta = trajectory.theta(first)
-        total = theta.like(theta.flat.new_zeros(theta.flat.shape))
+        self.total = theta.like(torch.zeros_like(theta.flat))
         for step in range(first, tau):
             record = trajectory.record(step)
             edited = edit_step(
@@ -120,10 +128,16 @@ class _Sweep:
                 self._add(step, update * -1.0)
             self._measure(step, has_source=record.applied and edited.is_changed)
             progress(step)
-        self.done += self.windows
-        for window in self.done:
-            total.add_(window.v)
-        return SweepResult(total, tuple(self._audit(window) for window in self.done), self.cost)
+        self._freeze(self.windows)
+        growth = max((a.growth_max or 0.0 for a in self.done), default=0.0)
+        if growth > GROWTH_WARNING:
+            logger.warning(
+                "the correction grew by up to %.2f a step: η·λ_max ≈ %.2f, beyond 2, where the recursion is unstable "
+                "although training was not; compare with a replay before trusting it",
+                growth,
+                1 + growth,
+            )
+        return SweepResult(self.total, tuple(self.done), self.cost)
 
     def _propagate(self, step: int, theta: ShardedVector, edited: EditedStep) -> None:
         lrs = edited.record.lr
@@ -161,16 +175,20 @@ class _Sweep:
                 raise LmcError(
                     f"unit {window.unit}: the correction diverged at step {step}, ‖v‖ = {norm:.3g} after sources of "
                     f"{self.source_total:.3g} together (last growth {norm / max(window.norm, 1e-300):.3g} a step): "
-                    "η·λ_max > 2 on these steps. Use damping, a smaller K, or replay_head=all"
+                    "η·λ_max > 2 on these steps. Use a smaller K, or replay_head=all"
                 )
             if window.v0_norm is None:
                 window.v0_norm = norm
             elif window.norm > 0 and not has_source:
                 window.growth_max = max(window.growth_max or 0.0, norm / window.norm)
             window.norm = norm
-        finished = [window for window in self.windows if step >= window.last_step]
+        self._freeze([window for window in self.windows if step >= window.last_step])
         self.windows = [window for window in self.windows if step < window.last_step]
-        self.done += finished
+
+    def _freeze(self, finished: list[Window]) -> None:
+        for window in finished:
+            self.total.add_(window.v)
+            self.done.append(self._audit(window))
 
     def _audit(self, window: Window) -> AuditRecord:
         tau = self.trajectory.num_steps
