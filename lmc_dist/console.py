@@ -36,7 +36,7 @@ def unlearning_table(result: dict[str, Any]) -> str:
     """The table of an unlearning run as text."""
     request = result["request"]
     lines = [
-        f"forgot: {request['samples']} samples, in {request['steps']} of {request['num_steps']} steps "
+        f"forgot: {request['what']}, in {request['steps']} of {request['num_steps']} steps "
         f"({request['counterfactual']})",
         f"{'method':<30}{'rel_error':>16}{'loss on forgotten':>20}{'loss on retained':>19}"
         f"{'gradients-equivalent':>23}{'seconds':>10}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lmc_dist.errors import LmcError
+from lmc_dist.ports import free_port
 
 logger = logging.getLogger("lmc_dist")
 
@@ -42,13 +42,6 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def free_port() -> int:
-    """A TCP port that is free on this host now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def init(timeout_minutes: float = 30) -> Runtime:

@@ -74,9 +74,9 @@ class SGDTangent:
             part = slice(start, stop)
             # SGD is linear in g, so its tangent does not depend on the gradient's value and zero stands for it.
             primal = theta.flat[part].to(v.flat.dtype)
-            _, out[part] = jvp(
+            out[part] = jvp(
                 lambda t, g, lr=lr, wd=weight_decay: sgd(t, g, lr, wd),
                 (primal, torch.zeros_like(primal)),
                 (v.flat[part], dg.flat[part]),
-            )
+            )[1]
         return v.like(out)

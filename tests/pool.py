@@ -15,7 +15,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 
-def _worker(rank: int, world_size: int, port: int, connection: Any) -> None:
+def _worker(rank: int, world_size: int, port: int, connection: Any, join: bool) -> None:
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({key: str(value) for key, value in local.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
@@ -24,7 +24,8 @@ def _worker(rank: int, world_size: int, port: int, connection: Any) -> None:
     from lmc_dist.runtime import init
 
     torch.set_num_threads(1)
-    init(timeout_minutes=2)
+    if join:
+        init(timeout_minutes=2)
     while (job := connection.recv()) is not None:
         function, args = job
         try:
@@ -35,17 +36,17 @@ def _worker(rank: int, world_size: int, port: int, connection: Any) -> None:
 
 
 class Pool:
-    """`world_size` processes in one gloo group."""
+    """`world_size` processes in one gloo group, or, without `join`, as a launcher starts them."""
 
-    def __init__(self, world_size: int) -> None:
-        from lmc_dist.runtime import free_port
+    def __init__(self, world_size: int, join: bool = True) -> None:
+        from lmc_dist.ports import free_port
 
         context = mp.get_context("spawn")
         port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_worker, args=(rank, world_size, port, theirs, join), daemon=True)
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)

@@ -20,7 +20,7 @@ from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.trajectory.replay import replay
+from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 
 LLAMA = {
@@ -60,13 +60,17 @@ def train_job(config: Config) -> dict[str, Any]:
     return summary
 
 
+def build_for_replay(config: Config) -> torch.nn.Module:
+    from lmc_dist.training import build_config, build_model, build_tokenizer
+
+    return build_model(config.model, build_config(config.model, build_tokenizer(config)), config.train.seed)
+
+
 def engine_for(config: Config) -> tuple[Any, Any]:
     """(engine with the weights of the configuration's model, its dataset)."""
-    from lmc_dist.training import build_config, build_dataset, build_engine, build_model
+    from lmc_dist.training import build_dataset, build_engine
 
-    dataset, tokenizer = build_dataset(config)
-    model = build_model(config.model, build_config(config.model, tokenizer), config.train.seed)
-    return build_engine(model, config.train, dist.get_world_size()), dataset
+    return build_engine(build_for_replay(config), config.train, dist.get_world_size()), build_dataset(config)[0]
 
 
 # --- shards of a live engine ---------------------------------------------------------------------------------------
@@ -138,8 +142,11 @@ def test_engine_shards_masters_working_copies_and_export_agree(ranks: Any, tmp_p
 
 def replay_job(config: Config, counterfactual: Counterfactual | None) -> tuple[str, int, int, bool]:
     """(checksum of θ after replay, gradients, verified steps, whether exact)."""
-    engine, dataset = engine_for(config)
-    result = replay(engine, TrajectoryLog(config.log_dir), DatasetBatches(dataset), counterfactual)
+    from lmc_dist.training import build_dataset
+
+    log = TrajectoryLog(config.log_dir)
+    engine = replay_engine(build_for_replay(config), log)
+    result = replay(engine, log, DatasetBatches(build_dataset(config)[0]), counterfactual)
     engine.destroy()
     return checksum(result.theta), result.steps, result.verified, result.exact
 
@@ -169,6 +176,70 @@ def test_replay_repeats_training_to_the_bit(ranks: Any, tmp_path: Path, optimize
     late = Counterfactual("skip", batch_ids=frozenset({7}))
     checksum_7, steps, verified, _ = ranks(2).run(replay_job, config, late)[0]
     assert (checksum_7, steps, verified) == (log.record(6).checksum, 1, 1)
+
+
+def plain_loop_job(folder: Path, by_hand: bool) -> tuple[str, str]:
+    """A hand-written DeepSpeed loop whose loss is the plain mean over micro-batches; (logged, replayed) checksums."""
+    import deepspeed
+
+    from lmc_dist import TrainingLogger
+    from lmc_dist.data import collate
+    from lmc_dist.training import build_dataset
+    from lmc_dist.trajectory.callback import training_log
+
+    config = small_config(folder)
+    dataset = build_dataset(config)[0]
+    model = build_for_replay(config)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    mine = dataset.ids[dist.get_rank() :: 2]
+
+    def batches() -> Any:
+        for i in range(0, len(mine), 2):
+            yield i // 2, collate(dataset.by_id(mine[i : i + 2]), dataset.pad_token_id)
+
+    log_dir = str(folder / "log")
+    if by_hand:
+        logger = TrainingLogger(log_dir, save_interval=2, loss_normalization="micro_batch_token_mean")
+        engine.train()
+        logger.attach(engine, automatic=False)
+        seen: list[list[int]] = []
+        for i, batch in batches():
+            seen.append(batch.pop("index").tolist())
+            engine.backward(engine(**batch).loss)
+            engine.step()
+            if i % 2:
+                logger.register_step(i // 2, 100 + i // 2, 0.2, engine, batch_data={"sample_ids": seen})
+                seen = []
+        logger.close()
+    else:
+        engine.train()
+        with training_log(engine, log_dir, save_interval=2, loss_normalization="micro_batch_token_mean"):
+            for _, batch in batches():
+                engine.backward(engine(**batch).loss)
+                engine.step()
+    log = TrajectoryLog(log_dir)
+    engine = replay_engine(model=build_for_replay(config), log=log)
+    result = replay(engine, log, DatasetBatches(dataset))
+    assert result.verified == log.num_steps == 3
+    assert log.record(1).batch_id == (101 if by_hand else 1)
+    return str(log.record(2).checksum), checksum(result.theta)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_hand_written_loop_with_mean_of_means_is_replayed_to_the_bit(ranks: Any, tmp_path: Path, by_hand: bool) -> None:
+    for logged, replayed in ranks(2).run(plain_loop_job, tmp_path, by_hand):
+        assert logged == replayed
+    log = TrajectoryLog(tmp_path / "log")
+    assert sorted(i for r in log.records() for i in r.sample_ids) == sorted(
+        p * 100 + f for p in range(4) for f in range(6)
+    )
 
 
 def requests(log: TrajectoryLog) -> dict[str, Counterfactual]:

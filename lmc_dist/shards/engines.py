@@ -33,7 +33,8 @@ class ZeRO3Shards:
 
     def __init__(self, module: nn.Module, optimizer: Any) -> None:
         self.module, self.optimizer = module, optimizer
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # Any: DeepSpeed gives parameters attributes (ds_tensor, ds_numel, ...) that torch's type does not know.
+        self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         group = next(iter(self.parameters.values())).ds_process_group
         self.layout = ShardLayout.of_module(module, None if group is dist.group.WORLD else group)
 

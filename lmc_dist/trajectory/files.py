@@ -132,6 +132,11 @@ class ShardReader:
         bounds = ((r, *shard_bounds(slot.spec, r, self.world_size, self.rule)) for r in range(self.world_size))
         return [(r, start, end) for r, start, end in bounds if start < slot.end and slot.start < end]
 
+    def check(self) -> None:
+        """Opens every writer's file: truncated, foreign or misnamed ones are found without reading tensors."""
+        for rank in range(self.world_size):
+            self._file(rank)
+
     def read(self, dtype: torch.dtype) -> ShardedVector:
         """This rank's shards as one vector; every element is read exactly once and must be finite."""
         vector = ShardedVector.zeros(self.layout, dtype)

@@ -6,6 +6,7 @@ training to the bit; at another one passes are dealt out anew and only rounding 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from lmc_dist.shards.module import set_rng_state
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource, mask_samples
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
+from lmc_dist.trajectory.record import TrajectoryManifest
 from lmc_dist.trajectory.store import TrajectoryLog
 
 
@@ -85,6 +87,54 @@ def replay(
             verified += exact
         progress(step)
     return ReplayResult(shards.read(), steps, verified, exact)
+
+
+def logged_optimizer(model: torch.nn.Module, manifest: TrajectoryManifest) -> torch.optim.Optimizer:
+    """The optimizer of the logged run: its class, its groups, its hyper-parameters.
+
+    Raises:
+        LmcError: Not an optimizer of torch.
+    """
+    name = manifest.optimizer["class"]
+    kind = getattr(torch.optim, name, None)
+    if kind is None:
+        raise LmcError(
+            f"the log was trained with {name}, which is not torch's: build the engine and pass it to replay()"
+        )
+    accepted = set(inspect.signature(kind).parameters)
+    named = dict(model.named_parameters())
+    groups = []
+    for i, settings in enumerate(manifest.optimizer["groups"]):
+        members = [named[row["name"]] for row in manifest.parameters if row["group"] == i]
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in accepted}
+        groups.append({"params": members, **values})
+    return kind(groups)
+
+
+def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str, Any] | None = None) -> Any:
+    """A DeepSpeed ZeRO-3 engine that repeats the logged run. Collective.
+
+    Args:
+        model: The logged architecture; its weights are overwritten by replay.
+        log: The logged run.
+        settings: DeepSpeed settings of the run, where they went beyond plain ZeRO-3.
+    """
+    import deepspeed
+
+    base = {"zero_optimization": {"stage": 3}, "steps_per_print": 1 << 30} | (settings or {})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=logged_optimizer(model, log.manifest),
+        config=base
+        | {
+            "train_micro_batch_size_per_gpu": 1,  # neither number is used: passes are scaled and bounded one by one
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": log.manifest.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    return engine
 
 
 def run_step(engine: Any, edited: EditedStep, batches: BatchSource, normalization: str) -> None:

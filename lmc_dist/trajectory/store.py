@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import agreement
+from lmc_dist.runtime import AgreedError, agreement
 from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
@@ -251,7 +252,7 @@ class TrajectoryLog:
             )
         for step in range(self.nearest_snapshot(first_step), self.num_steps):
             if self.record(step).applied:
-                self._reader(step)
+                self._reader(step).check()
 
     def nearest_snapshot(self, step: int) -> int:
         """Latest snapshot N ≤ step."""
@@ -280,8 +281,8 @@ class TrajectoryLog:
             meta = read_json(folder / "meta.json")
         try:
             vectors = load_snapshot(folder, self.layout, meta["kinds"], self.dtype)
-        except Exception as error:  # DCP raises many types; on damage all ranks fail in its plan, so all arrive here
-            raise LmcError(f"snapshot {folder} is damaged: {error}") from error
+        except (Exception, CheckpointException) as error:  # DCP agrees on errors itself, so all ranks arrive here
+            raise AgreedError(f"snapshot {folder} is damaged: {str(error).strip().splitlines()[-1]}") from error
         self._verify(vectors["theta"], meta["checksum"], f"snapshot {folder}")
         return vectors, meta["scalars"]
 
@@ -313,7 +314,7 @@ class TrajectoryLog:
         if self.layout.world_size > 1:
             dist.all_reduce(total, group=self.layout.group)
         if format_checksum(total) != expected:
-            raise LmcError(f"{what} does not have the logged checksum: the log is damaged")
+            raise AgreedError(f"{what} does not have the logged checksum: the log is damaged")
 
 
 def read_rows(path: Path) -> list[sqlite3.Row]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import agreement, broadcast_object, free_port
+from lmc_dist.ports import free_port
+from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.files import write_json
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -43,8 +44,8 @@ def retrain(run: UnlearningRun, folder: Path) -> tuple[ShardedVector, float]:
             command, env=child_environment(port), stdout=file, stderr=subprocess.STDOUT, check=False
         ).returncode
         if status != 0:
-            tail = output.read_text().strip().splitlines()[-1:] or ["no output"]
-            raise LmcError(f"the reference training failed with status {status}: {tail[0]} (all of it: {output})")
+            tail = "\n".join(output.read_text().strip().splitlines()[-15:])
+            raise LmcError(f"the reference training failed with status {status}:\n{tail}")
     seconds = time.perf_counter() - started
     log = TrajectoryLog(folder / "log")
     if run.log.first_step == 0 and (run.log.theta(0) - log.theta(0)).norm() != 0:

@@ -31,14 +31,19 @@ def check_output_dir(folder: Path) -> None:
 
 @contextmanager
 def promoted(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder` when the block ends well; stays aside when it fails. Collective."""
+    """A temporary sibling that becomes `folder` when the block ends well, and is removed when it fails. Collective."""
     part = folder.with_name(folder.name + ".part")
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     with agreement():
         if is_main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-    yield part
+    try:
+        yield part
+    except BaseException:
+        if is_main:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
     with agreement():  # also waits for all ranks' files
         pass
     with agreement():

@@ -13,19 +13,19 @@ import torch
 from lmc_dist.config import Config, TrainConfig
 from lmc_dist.console import StepProgress
 from lmc_dist.curvature import HVPConfig
-from lmc_dist.data import epoch_order
+from lmc_dist.data import PERSON_STRIDE, epoch_order
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import mean_loss, relative_error
 from lmc_dist.runtime import Runtime, agreement, remove_folder
 from lmc_dist.shards.fingerprint import model_fingerprint
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.training import build_config, build_dataset, build_engine, build_model, read_request
+from lmc_dist.training import build_config, build_dataset, build_model, deepspeed_config, read_request
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.record import StepRecord
-from lmc_dist.trajectory.replay import replay
+from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, compute_correction
@@ -158,11 +158,11 @@ class UnlearningRun:
 
     def _replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> Correction:
         started = time.perf_counter()
-        train = self.config.train
+        settings = None
         if run := self.log.manifest.run.get("config"):
-            train = TrainConfig(**run["train"])
-        model = build_model(self.config.model, self.model_config, train.seed)
-        engine = build_engine(model, train, self.runtime.world_size)
+            settings = deepspeed_config(TrainConfig(**run["train"]), self.runtime.world_size)
+        model = build_model(self.config.model, self.model_config, seed=0)
+        engine = replay_engine(model, self.log, settings)
         result = replay(engine, self.log, self.batches, self.request, progress)
         engine.destroy()
         v = result.theta - theta
@@ -193,6 +193,16 @@ class UnlearningRun:
             seen = {i for record in self.touched for i in record.sample_ids}
             return sorted(self.request.sample_ids & seen)
         return sorted({i for record in self.touched for i in record.sample_ids})
+
+    def describe(self) -> str:
+        """What is forgotten, in words."""
+        ids = self.forgotten_ids()
+        if self.request.batch_ids:
+            return f"{len(self.request.batch_ids)} batches of {len(ids)} samples"
+        if self.config.data.source == "generated":
+            people = len({i // PERSON_STRIDE for i in ids})
+            return f"{len(ids)} samples of {people} {'person' if people == 1 else 'people'}"
+        return f"{len(ids)} samples"
 
     def retained_ids(self) -> list[int]:
         """A fixed random selection of the samples that were trained on and stay."""
@@ -236,6 +246,7 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
             "versions": package_versions(),
             "log_fingerprint": run.log.fingerprint,
             "request": {
+                "what": run.describe(),
                 "samples": len(run.forgotten_ids()),
                 "steps": len(run.touched),
                 "num_steps": tau,

@@ -1,0 +1,60 @@
+"""The demo behind `make demo`: train under ZeRO-3 with a log, unlearn one person, compare with retraining.
+
+    python -m lmc_dist.demo --output runs/demo
+
+Everything is made on the spot: an invented corpus, a tokenizer trained on it, a small Llama from random weights. Both
+commands run under the deepspeed launcher on two ranks, as a user would start them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from lmc_dist.console import unlearning_table
+from lmc_dist.ports import free_port
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def launch(script: str, arguments: list[str], num_ranks: int) -> None:
+    """Runs a script of launch/ under the deepspeed launcher, its chatter left out; ends the demo when it fails."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    if not launcher.exists():
+        sys.exit(f"no deepspeed launcher beside {sys.executable}: run `make setup` first")
+    command = [str(launcher), "--log_level", "error", "--num_accelerators", str(num_ranks)]
+    command += ["--master_port", str(free_port())]  # the launcher's fixed default may be taken by another run
+    command += [str(REPO / "launch" / script), *arguments]
+    sys.stdout.write(f"$ deepspeed --num_accelerators {num_ranks} launch/{script} {' '.join(arguments)}\n")
+    sys.stdout.flush()
+    if (status := subprocess.run(command, check=False).returncode) != 0:
+        sys.exit(status)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for log, results and table.json")
+    parser.add_argument("--forget", default="person-57", help="the person to forget")
+    parser.add_argument("--num_ranks", type=int, default=2, help="processes")
+    options = parser.parse_args()
+    out: Path = options.output
+    if (out / "table.json").exists() or (out / "log" / "manifest.json").exists():
+        shutil.rmtree(out)  # an earlier demo
+    common = ["--config", str(REPO / "configs" / "demo.yaml"), "--log_dir", str(out / "log")]
+    launch("train.py", common, options.num_ranks)
+    request = ["--forget.split", options.forget, "--output_dir", str(out / "unlearn")]
+    launch("unlearn.py", [*common, *request, "--reference", "retrain", "--compare", "tim,replay"], options.num_ranks)
+    result = json.loads((out / "unlearn" / "result.json").read_text())
+    fields = ("method", "rel_error", "loss_forget", "loss_retain", "gradients", "seconds")
+    rows = [{field: row[field] for field in fields} for row in result["rows"]]
+    (out / "table.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    sys.stdout.write("\n" + unlearning_table(result) + f"\n\ntable in {out / 'table.json'}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The Hugging Face Trainer under ZeRO-3 on CPU ranks, logged by the callback and replayed to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pool import Pool
+from test_zero3 import GPT2, small_config
+
+from lmc_dist.errors import LmcError
+from lmc_dist.trajectory.store import TrajectoryLog
+
+ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def make_trainer(folder: Path, configured: bool, optimizer: str = "sgd") -> tuple[Any, Any, Any]:
+    """(Trainer, dataset, logger); `configured` applies the cure for Trainer's silent single process."""
+    import os
+
+    from accelerate import PartialState
+    from transformers import Trainer, TrainingArguments
+
+    from lmc_dist import TrainingLogger, TrainingLoggerCallback
+    from lmc_dist.data import Collator
+    from lmc_dist.training import build_config, build_dataset, build_model
+
+    extra: dict[str, Any] = {}
+    if configured:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        extra["accelerator_config"] = {"use_configured_state": True}
+    config = small_config(folder, GPT2)
+    dataset, tokenizer = build_dataset(config)
+    model = build_model(config.model, build_config(config.model, tokenizer), seed=0)
+    logger = TrainingLogger(config.log_dir, save_interval=3, dataset_fingerprint=dataset.fingerprint)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "hf"),
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        optim=optimizer,
+        learning_rate=0.1,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        max_grad_norm=1.0,
+        remove_unused_columns=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=configured,
+        deepspeed=ZERO3,
+        **extra,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(dataset.pad_token_id),
+        callbacks=[TrainingLoggerCallback(logger)],
+    )
+    return trainer, dataset, logger
+
+
+def trainer_job(folder: Path) -> tuple[str, str, int]:
+    """Trains, then replays the log on a fresh engine: (logged, replayed) checksums and the steps verified."""
+    from test_zero3 import build_for_replay
+
+    from lmc_dist.shards.checksum import checksum
+    from lmc_dist.trajectory.batches import DatasetBatches
+    from lmc_dist.trajectory.replay import replay, replay_engine
+
+    trainer, dataset, _ = make_trainer(folder, configured=True)
+    trainer.train()
+    log = TrajectoryLog(folder / "log")
+    engine = replay_engine(build_for_replay(small_config(folder, GPT2)), log)
+    result = replay(engine, log, DatasetBatches(dataset))
+    return str(log.record(log.num_steps - 1).checksum), checksum(result.theta), result.verified
+
+
+def test_trainer_run_is_logged_and_replayed_to_the_bit(tmp_path: Path) -> None:
+    pool = Pool(2)
+    try:
+        for logged, replayed, verified in pool.run(trainer_job, tmp_path):
+            assert logged == replayed and verified == 4
+    finally:
+        pool.close()
+    log = TrajectoryLog(tmp_path / "log")
+    assert log.num_steps == 4  # 24 samples, 2 ranks x 3 samples x 2 passes, 2 epochs
+    epochs = [sorted(i for s in (a, a + 1) for i in log.record(s).sample_ids) for a in (0, 2)]
+    assert epochs[0] == epochs[1] == sorted(p * 100 + f for p in range(4) for f in range(6))
+    for record in log.records():
+        by_rank = [{i for m in record.micro_batches if m.rank == r for i in m.sample_ids} for r in range(2)]
+        assert by_rank[0] and by_rank[1] and not by_rank[0] & by_rank[1]
+    assert [r.lr[0] for r in log.records()] == pytest.approx([0.0, 0.05, 0.1, 0.05])  # the rate used, not the next
+    assert [r.epoch for r in log.records()] == pytest.approx([0.0, 0.5, 1.0, 1.5])
+    assert all(r.grad_norm and 0 < r.clip_coef <= 1 for r in log.records())
+
+
+def silent_single_process_job(folder: Path) -> str:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no half a minute of compiling
+    trainer, _, _ = make_trainer(folder, configured=False)
+    with pytest.raises(LmcError, match="the Trainer counts 1 processes, the launcher started 2") as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+def test_trainer_that_ignores_the_launcher_is_stopped(tmp_path: Path) -> None:
+    pool = Pool(2, join=False)
+    try:
+        assert len(pool.run(silent_single_process_job, tmp_path)) == 2
+    finally:
+        pool.close()
+    assert not (tmp_path / "log").exists()
