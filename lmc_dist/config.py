@@ -150,7 +150,7 @@ class Config:
         output_dir: Folder that an unlearning run writes.
         reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
         compare: Further methods measured on the same request: `tim`, `ggn`, `replay`, separated by commas.
-        overwrite: Replace the log_dir (training) or output_dir (unlearning) of an earlier run.
+        overwrite: Replace log_dir and model_dir (training) or output_dir (unlearning) of an earlier run.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,8 +2,9 @@
 
     python -m lmc_dist.demo --output runs/demo
 
-Everything is made on the spot: an invented corpus, a tokenizer trained on it, a small Llama from random weights. Both
-commands run under the deepspeed launcher on two ranks, as a user would start them.
+Everything is made on the spot: an invented corpus, a tokenizer trained on it, and a small Llama trained on a first set of
+people, which is then fine-tuned on others. All commands run under the deepspeed launcher on two ranks, as a user would
+start them.
 """
 
 from __future__ import annotations
@@ -43,9 +44,12 @@ def main() -> None:
     parser.add_argument("--num_ranks", type=int, default=2, help="processes")
     options = parser.parse_args()
     out: Path = options.output
-    if (out / "table.json").exists() or (out / "log" / "manifest.json").exists():
+    if (out / "base_log" / "manifest.json").exists():
         shutil.rmtree(out)  # an earlier demo
-    common = ["--config", str(REPO / "configs" / "demo.yaml"), "--log_dir", str(out / "log")]
+    base = ["--config", str(REPO / "configs" / "demo_base.yaml"), "--log_dir", str(out / "base_log")]
+    launch("train.py", [*base, "--model_dir", str(out / "base")], options.num_ranks)
+    common = ["--config", str(REPO / "configs" / "demo.yaml"), "--model.path", str(out / "base")]
+    common += ["--log_dir", str(out / "log")]
     launch("train.py", common, options.num_ranks)
     request = ["--forget.split", options.forget, "--output_dir", str(out / "unlearn")]
     launch("unlearn.py", [*common, *request, "--reference", "retrain", "--compare", "tim,replay"], options.num_ranks)

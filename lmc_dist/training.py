@@ -29,8 +29,9 @@ from lmc_dist.data import (
     train_tokenizer,
 )
 from lmc_dist.errors import LmcError
+from lmc_dist.export import export_model
 from lmc_dist.runtime import Runtime, agreement
-from lmc_dist.shards.engines import backward_micro_batch
+from lmc_dist.shards.engines import backward_micro_batch, engine_shards
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import write_json
 from lmc_dist.trajectory.logger import TrainingLogger
@@ -213,6 +214,8 @@ class Trainer:
         with agreement():
             check_train_config(config)
             log_dir = Path(config.log_dir)
+            if config.model_dir is not None and Path(config.model_dir).exists():
+                raise LmcError(f"model_dir {config.model_dir} exists: choose another, or pass --overwrite true")
             if log_dir.exists() and any(log_dir.iterdir()):
                 raise LmcError(f"log_dir {log_dir} is not empty: choose another, or pass --overwrite true")
             self.dataset, self.tokenizer = build_dataset(config)
@@ -261,12 +264,17 @@ class Trainer:
                 losses.append(loss)
                 bar.set_postfix(loss=f"{loss:.4f}")
         self.logger.close()
+        seconds = time.perf_counter() - started
+        if self.config.model_dir is not None:
+            shards = engine_shards(self.engine)
+            dtypes = dict.fromkeys(shards.layout.slots, torch.float32)
+            export_model(Path(self.config.model_dir), shards.read(), dtypes, self.engine.module, self.tokenizer)
         return {
             "steps": len(losses),
             "samples": len(self.dataset),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
             "world_size": self.runtime.world_size,
             "log_dir": str(self.config.log_dir),
         }
@@ -321,6 +329,8 @@ def train(config: Config, runtime: Runtime) -> dict[str, Any]:
 
     if config.overwrite:
         remove_folder(Path(config.log_dir), expected="manifest.json")
+        if config.model_dir is not None:
+            remove_folder(Path(config.model_dir), expected="config.json")
     summary = Trainer(config, runtime).run()
     if runtime.is_main:
         write_json(Path(config.log_dir) / "train.json", summary)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lmc_dist.errors import LmcError
+from lmc_dist.export import export_model
 from lmc_dist.runtime import agreement
-from lmc_dist.shards.checkpoint import write_checkpoint
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.files import fsync_path, write_json
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -74,27 +74,11 @@ def write_results(
         result: Content of result.json; `model_checksum` is added.
         tokenizer: Saved beside the model when given.
     """
-    with agreement():
-        if log.layout.rank == 0:
-            save_model_config(folder / "model", log, model, tokenizer)
     dtypes = {row["name"]: getattr(torch, row["dtype"]) for row in log.manifest.parameters}
-    model_checksum = write_checkpoint(folder / "model", theta_hat, dtypes)
+    model_checksum = export_model(folder / "model", theta_hat, dtypes, model, tokenizer)
     with agreement():
         correction.save(folder / "correction")
         if log.layout.rank == 0:
             write_audit(folder / "audit", correction.audit)
             write_json(folder / "result.json", {**result, "model_checksum": model_checksum})
 
-
-def save_model_config(folder: Path, log: TrajectoryLog, model: torch.nn.Module, tokenizer: Any) -> None:
-    """Everything of a `save_pretrained` folder but the weights. Rank 0."""
-    folder.mkdir(parents=True)
-    config = type(model.config).from_dict(model.config.to_dict())  # type: ignore[union-attr,operator]
-    config.architectures = [type(model).__name__]
-    config.dtype = log.manifest.parameters[0]["dtype"]
-    config.use_cache = True
-    config.save_pretrained(folder)
-    if (generation := getattr(model, "generation_config", None)) is not None:
-        generation.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)

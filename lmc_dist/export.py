@@ -1,0 +1,40 @@
+"""A Hugging Face checkpoint folder from shards: what `save_pretrained` would write, without gathering the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmc_dist.runtime import agreement
+from lmc_dist.shards.checkpoint import write_checkpoint
+from lmc_dist.shards.vector import ShardedVector
+
+
+def export_model(
+    folder: Path, theta: ShardedVector, dtypes: Mapping[str, torch.dtype], model: torch.nn.Module, tokenizer: Any = None
+) -> str:
+    """Writes config, tokenizer and weights; returns the weights' checksum as read back from the files. Collective.
+
+    Args:
+        folder: New folder.
+        theta: The weights.
+        dtypes: Storage type of each parameter.
+        model: A module of the architecture, for its config.
+        tokenizer: Saved beside the weights when given.
+    """
+    with agreement(theta.layout.group):
+        if theta.layout.rank == 0:
+            folder.mkdir(parents=True)
+            config = type(model.config).from_dict(model.config.to_dict())  # type: ignore[union-attr,operator]
+            config.architectures = [type(model).__name__]
+            config.dtype = str(next(iter(dtypes.values()))).removeprefix("torch.")
+            config.use_cache = True
+            config.save_pretrained(folder)
+            if (generation := getattr(model, "generation_config", None)) is not None:
+                generation.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+    return write_checkpoint(folder, theta, dtypes)
