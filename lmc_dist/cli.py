@@ -6,7 +6,7 @@ Nothing heavy is imported before the arguments are understood.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmc_dist.config import Config
@@ -88,36 +88,37 @@ def train_command(argv: Sequence[str] | None = None) -> None:
     """`lmc train` and launch/train.py."""
     config = parse("train", sys.argv[1:] if argv is None else argv, TRAIN_EXAMPLES)
 
-    def body() -> None:
+    def work(runtime: Any) -> str:
         from lmc_dist.console import training_table
-        from lmc_dist.runtime import init
         from lmc_dist.training import train
 
-        runtime = init()
-        summary = train(config, runtime)
-        if runtime.is_main:
-            sys.stdout.write(training_table(summary) + "\n")
+        return training_table(train(config, runtime))
 
-    from lmc_dist.runtime import run
-
-    run(body)
+    run_on_ranks(work)
 
 
 def unlearn_command(argv: Sequence[str] | None = None) -> None:
     """`lmc unlearn` and launch/unlearn.py."""
     config = parse("unlearn", sys.argv[1:] if argv is None else argv, UNLEARN_EXAMPLES)
 
-    def body() -> None:
+    def work(runtime: Any) -> str:
         from lmc_dist.console import unlearning_table
-        from lmc_dist.runtime import init
         from lmc_dist.unlearn.run import unlearn
 
-        runtime = init()
-        result = unlearn(config, runtime)
-        if runtime.is_main:
-            sys.stdout.write(unlearning_table(result) + f"\nresults in {config.output_dir}\n")
+        return f"{unlearning_table(unlearn(config, runtime))}\nresults in {config.output_dir}"
 
-    from lmc_dist.runtime import run
+    run_on_ranks(work)
+
+
+def run_on_ranks(work: Callable[[Any], str]) -> None:
+    """Runs a command's work in the job's process group, prints its text on rank 0, and ends the process."""
+    from lmc_dist.runtime import init, run
+
+    def body() -> None:
+        runtime = init()
+        text = work(runtime)
+        if runtime.is_main:
+            sys.stdout.write(text + "\n")
 
     run(body)
 

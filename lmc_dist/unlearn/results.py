@@ -81,4 +81,3 @@ def write_results(
         if log.layout.rank == 0:
             write_audit(folder / "audit", correction.audit)
             write_json(folder / "result.json", {**result, "model_checksum": model_checksum})
-

@@ -1,0 +1,117 @@
+"""What the forward passes of one step showed, on each rank, and how the ranks' parts become one record."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.checksum import format_checksum, local_checksum
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.vector import ShardedVector, local_dot
+from lmc_dist.trajectory.record import LossNormalization, MicroRecord
+
+
+@dataclass
+class Pass:
+    """What one forward pass of this rank showed."""
+
+    sample_ids: list[int]
+    num_targets: int
+    num_items: float | None
+    random_state: torch.Tensor
+    drew_random: bool = False
+    loss: torch.Tensor | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "ids": self.sample_ids,
+            "targets": self.num_targets,
+            "items": self.num_items,
+            "loss": None if self.loss is None else float(self.loss),
+            "state": self.random_state.cpu().numpy().tobytes() if self.drew_random else None,
+        }
+
+
+def step_statistics(
+    update: ShardedVector, after: ShardedVector, passes: list[Pass], layout: ShardLayout
+) -> tuple[str, dict[str, Any]]:
+    """(checksum of θ_{s+1}, ‖u‖² and whether all ranks saw the same ids), equal on all ranks. One all-gather."""
+    ids = repr([p.sample_ids for p in passes]).encode()
+    digest = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big", signed=True)
+    square = torch.tensor([local_dot(update.flat, update.flat)], dtype=torch.float64).view(torch.int64)
+    mine = torch.cat([local_checksum(after).cpu(), square, torch.tensor([digest, int(bool(ids != b"[]"))])])
+    rows = mine[None]
+    if layout.world_size > 1:
+        gathered = [torch.empty_like(mine) for _ in range(layout.world_size)]
+        dist.all_gather(gathered, mine, group=layout.group)
+        rows = torch.stack(gathered)
+    seen = any(p.sample_ids for p in passes)
+    return format_checksum(rows[:, :2].sum(0)), {
+        "u_square": float(rows[:, 2].contiguous().view(torch.float64).sum()),
+        "same_ids": seen and len(set(rows[:, 3].tolist())) == 1,
+    }
+
+
+def gather_to_main(value: Any, layout: ShardLayout) -> list[Any]:
+    """All ranks' values on rank 0, [] elsewhere. Collective."""
+    if layout.world_size == 1:
+        return [value]
+    box: list[Any] | None = [None] * layout.world_size if layout.rank == 0 else None
+    dist.gather_object(value, box, group=layout.group, group_dst=0)
+    return box or []
+
+
+def merge_passes(
+    ranks: list[list[dict[str, Any]]], normalization: LossNormalization
+) -> tuple[tuple[MicroRecord, ...], float, float | None]:
+    """All ranks' passes of one step → (records ordered by micro step and rank, D_s, loss).
+
+    Raises:
+        LmcError: The ranks ran different numbers of passes, or the loss was not normalised as declared.
+    """
+    micro_steps = len(ranks[0])
+    if any(len(passes) != micro_steps for passes in ranks):
+        raise LmcError(f"ranks ran {[len(p) for p in ranks]} forward passes in one step; they must agree")
+    if not micro_steps:
+        raise LmcError("the optimizer stepped without a forward pass in training mode: call engine.train()")
+    passes = [(r, m, ranks[r][m]) for m in range(micro_steps) for r in range(len(ranks))]
+    targets = [p["targets"] for _, _, p in passes]
+    items = {p["items"] for _, _, p in passes}
+    if normalization == "micro_batch_token_mean":
+        if items != {None}:
+            raise LmcError("num_items_in_batch reaches the model, so the loss is no mean over micro-batches")
+        denominators = [float(n * len(passes)) for n in targets]
+    else:
+        if len(items) != 1 or None in items:
+            raise LmcError(
+                f"the model got num_items_in_batch={sorted(map(str, items))}: pass the target tokens of the global batch, "
+                "the same on all ranks, or declare loss_normalization='micro_batch_token_mean' if the loss is the plain "
+                "mean over micro-batches"
+            )
+        if normalization == "global_token_mean" and items != {float(sum(targets))}:
+            raise LmcError(
+                f"the loss was divided by {items.pop()}, but the global batch holds {sum(targets)} target tokens: "
+                "declare loss_normalization='given' if that is meant (such a log cannot be renormalised)"
+            )
+        denominators = [items.pop()] * len(passes)
+    records = tuple(
+        MicroRecord(r, m, tuple(p["ids"]), d, p["state"]) for (r, m, p), d in zip(passes, denominators, strict=True)
+    )
+    losses = [p["loss"] for _, _, p in passes]
+    if None in losses:
+        loss = None
+    else:  # a mean over passes was not divided by their number yet
+        loss = sum(losses) / (len(passes) if normalization == "micro_batch_token_mean" else 1)
+    return records, sum(denominators) / len(denominators), loss
+
+
+def clip_coefficient(grad_norm: float | None, max_grad_norm: float) -> float:
+    """What clipping multiplied the gradient by, as DeepSpeed computes it."""
+    if not max_grad_norm or grad_norm is None:
+        return 1.0
+    return 1.0 / max((grad_norm + 1e-6) / max_grad_norm, 1.0)
