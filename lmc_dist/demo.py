@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,10 +30,10 @@ def launch(script: str, arguments: list[str], num_ranks: int) -> None:
         sys.exit(f"no deepspeed launcher beside {sys.executable}: run `make setup` first")
     command = [str(launcher), "--log_level", "error", "--num_accelerators", str(num_ranks)]
     command += ["--master_port", str(free_port())]  # the launcher's fixed default may be taken by another run
-    command += [str(REPO / "launch" / script), *arguments]
+    command += [f"launch/{script}", *arguments]
     sys.stdout.write(f"$ deepspeed --num_accelerators {num_ranks} launch/{script} {' '.join(arguments)}\n")
     sys.stdout.flush()
-    if (status := subprocess.run(command, check=False).returncode) != 0:
+    if (status := subprocess.run(command, cwd=REPO, check=False).returncode) != 0:
         sys.exit(status)
 
 
@@ -43,12 +44,13 @@ def main() -> None:
     parser.add_argument("--forget", default="person-57", help="the person to forget")
     parser.add_argument("--num_ranks", type=int, default=2, help="processes")
     options = parser.parse_args()
-    out: Path = options.output
-    if (out / "base_log" / "manifest.json").exists():
+    out = Path(os.path.relpath(options.output, REPO))  # commands run, and are shown, from the repository's root
+    os.chdir(REPO)
+    if any((out / left).exists() for left in ("table.json", "base_log/manifest.json", "log/manifest.json")):
         shutil.rmtree(out)  # an earlier demo
-    base = ["--config", str(REPO / "configs" / "demo_base.yaml"), "--log_dir", str(out / "base_log")]
+    base = ["--config", "configs/demo_base.yaml", "--log_dir", str(out / "base_log")]
     launch("train.py", [*base, "--model_dir", str(out / "base")], options.num_ranks)
-    common = ["--config", str(REPO / "configs" / "demo.yaml"), "--model.path", str(out / "base")]
+    common = ["--config", "configs/demo.yaml", "--model.path", str(out / "base")]
     common += ["--log_dir", str(out / "log")]
     launch("train.py", common, options.num_ranks)
     request = ["--forget.split", options.forget, "--output_dir", str(out / "unlearn")]
