@@ -14,8 +14,8 @@ from lmc_dist.config import Config
 TRAIN_EXAMPLES = """
 examples:
   deepspeed --num_accelerators 2 launch/train.py --config configs/tofu.yaml --data.path DATA --model.path MODEL
-  torchrun --nproc_per_node 2 launch/train.py --config configs/demo.yaml --log_dir runs/demo/log
-  lmc train --config configs/demo.yaml --log_dir runs/log --train.learning_rate 0.05
+  torchrun --nproc_per_node 2 launch/train.py --config configs/demo_base.yaml --log_dir runs/base_log --model_dir runs/base
+  lmc train --config configs/demo.yaml --model.path runs/base --log_dir runs/log --train.learning_rate 0.02
 
 With a forget option the same command trains the reference: the run that never had that data.
 """
@@ -24,8 +24,8 @@ UNLEARN_EXAMPLES = """
 examples:
   deepspeed --num_accelerators 2 launch/unlearn.py --config configs/tofu.yaml --log_dir runs/tofu/log \\
       --forget.split forget01 --output_dir runs/tofu/unlearn --reference retrain
-  lmc unlearn --config configs/demo.yaml --log_dir runs/log --forget.samples 17,203-206 --compare tim,replay
-  lmc unlearn --config configs/demo.yaml --log_dir runs/log --forget.batches 5,17 --unlearn.damping 0.01
+  lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.samples 3,203-206
+  lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.batches 5,17 --compare replay
 
 what to forget: --forget.samples takes ids (3,17,20-29) or a .json/.jsonl file of ids, --forget.split the name of a
 split, --forget.batches ids of logged batches.

@@ -47,10 +47,14 @@ def unlearning_table(result: dict[str, Any]) -> str:
             error += " (reference)"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
         lines.append(
-            f"{row['label']:<30}{error:>16}{row['loss_forget']:>20.4f}{row['loss_retain']:>19.4f}"
+            f"{row['label']:<30}{error:>16}{number(row['loss_forget']):>20}{number(row['loss_retain']):>19}"
             f"{row['gradients']:>23.1f}{seconds:>10}"
         )
     return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def training_table(summary: dict[str, Any]) -> str:

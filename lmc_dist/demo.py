@@ -20,6 +20,7 @@ from pathlib import Path
 from lmc_dist.console import unlearning_table
 from lmc_dist.ports import free_port
 
+MARKER = ".demo"  # says that everything in the folder was made here
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -46,8 +47,12 @@ def main() -> None:
     options = parser.parse_args()
     out = Path(os.path.relpath(options.output, REPO))  # commands run, and are shown, from the repository's root
     os.chdir(REPO)
-    if any((out / left).exists() for left in ("table.json", "base_log/manifest.json", "log/manifest.json")):
+    if (out / MARKER).exists():
         shutil.rmtree(out)  # an earlier demo
+    if out.exists() and any(out.iterdir()):
+        sys.exit(f"{out} holds something that is not an earlier demo: choose another --output")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
     base = ["--config", "configs/demo_base.yaml", "--log_dir", str(out / "base_log")]
     launch("train.py", [*base, "--model_dir", str(out / "base")], options.num_ranks)
     common = ["--config", "configs/demo.yaml", "--model.path", str(out / "base")]

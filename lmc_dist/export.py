@@ -19,7 +19,7 @@ def export_model(
     """Writes config, tokenizer and weights; returns the weights' checksum as read back from the files. Collective.
 
     Args:
-        folder: New folder.
+        folder: Where to; see `runtime.promoted`.
         theta: The weights.
         dtypes: Storage type of each parameter.
         model: A module of the architecture, for its config.
@@ -27,7 +27,7 @@ def export_model(
     """
     with agreement(theta.layout.group):
         if theta.layout.rank == 0:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             config = type(model.config).from_dict(model.config.to_dict())  # type: ignore[union-attr,operator]
             config.architectures = [type(model).__name__]
             config.dtype = str(next(iter(dtypes.values()))).removeprefix("torch.")

@@ -146,17 +146,71 @@ def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     return box[0]
 
 
-def remove_folder(folder: Path, expected: str) -> None:
-    """Removes a folder of an earlier run, recognised by a file it holds; one that is absent is fine. Collective.
+def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
+    """Checks that results may go to `folder`: absent, empty, or an earlier run's and `overwrite` given. Local.
+
+    Args:
+        folder: Where results will go.
+        marker: A file by which an earlier run's folder is recognised.
+        overwrite: Whether an earlier run may be replaced.
 
     Raises:
-        LmcError: The folder is not of an earlier run, so it is left alone.
+        LmcError: Neither.
     """
-    with agreement():
-        if (not dist.is_initialized() or dist.get_rank() == 0) and folder.exists() and any(folder.iterdir()):
-            if not (folder / expected).exists():
-                raise LmcError(f"{folder} is not overwritten: it holds no {expected}, so no earlier run left it")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise LmcError(f"{folder} is not empty: choose another folder, or pass --overwrite true")
+    if not (folder / marker).exists():
+        raise LmcError(f"{folder} is not overwritten: it holds no {marker}, so no earlier run left it")
+
+
+def remove_folder(folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Removes a folder that `check_replaceable` has passed; one that is absent is fine. Collective."""
+    with agreement(group):
+        if (not dist.is_initialized() or dist.get_rank() == 0) and folder.exists():
             shutil.rmtree(folder)
+
+
+@contextmanager
+def promoted(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that replaces `folder` when the block ends well, and is removed when it fails. Collective."""
+    part = folder.with_name(folder.name + ".part")
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    with agreement():
+        if is_main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+    try:
+        yield part
+    except BaseException:
+        if is_main:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    with agreement():  # also waits for all ranks' files
+        pass
+    with agreement():
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            part.replace(folder)
+
+
+_cpu_groups: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """A group of all ranks that moves CPU tensors: the default one where it can, else one of gloo. Collective.
+
+    Launchers other than ours often start NCCL alone.
+    """
+    if not dist.is_initialized():
+        return None
+    default = dist.group.WORLD
+    assert default is not None
+    if default not in _cpu_groups:
+        backends = str(dist.get_backend_config(default))
+        _cpu_groups[default] = None if "gloo" in backends or "mpi" in backends else dist.new_group(backend="gloo")
+    return _cpu_groups[default]
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -30,7 +30,7 @@ from lmc_dist.data import (
 )
 from lmc_dist.errors import LmcError
 from lmc_dist.export import export_model
-from lmc_dist.runtime import Runtime, agreement
+from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
 from lmc_dist.shards.engines import backward_micro_batch, engine_shards
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import write_json
@@ -77,7 +77,7 @@ def build_tokenizer(config: Config) -> Any:
         except (OSError, ValueError) as error:
             raise LmcError(f"no tokenizer in model.path '{config.model.path}': {first_line(error)}") from None
     rows = load_rows(config.data)
-    texts = (config.data.prompt.format(question=row["question"]) + row["answer"] for row in rows)
+    texts = (config.data.prompt.replace("{question}", row["question"]) + row["answer"] for row in rows)
     return train_tokenizer(texts, config.model.vocab_size)
 
 
@@ -213,11 +213,9 @@ class Trainer:
         self.config, self.runtime = config, runtime
         with agreement():
             check_train_config(config)
-            log_dir = Path(config.log_dir)
-            if config.model_dir is not None and Path(config.model_dir).exists():
-                raise LmcError(f"model_dir {config.model_dir} exists: choose another, or pass --overwrite true")
-            if log_dir.exists() and any(log_dir.iterdir()):
-                raise LmcError(f"log_dir {log_dir} is not empty: choose another, or pass --overwrite true")
+            check_replaceable(Path(config.log_dir), "manifest.json", config.overwrite)
+            if config.model_dir is not None:
+                check_replaceable(Path(config.model_dir), "config.json", config.overwrite)
             self.dataset, self.tokenizer = build_dataset(config)
             self.request = read_request(config, self.dataset)
             if self.request is not None and self.request.kind == "renormalize" and not self._kept(self.dataset.ids):
@@ -241,7 +239,11 @@ class Trainer:
             save_interval=config.log.save_interval,
             dataset_fingerprint=self.dataset.fingerprint,
             loss_normalization="given" if self.request and self.request.kind == "zero" else "global_token_mean",
-            run={"config": asdict(config), "threads": torch.get_num_threads()},
+            run={
+                "config": asdict(config),
+                "deepspeed": deepspeed_config(config.train, runtime.world_size),
+                "threads": torch.get_num_threads(),
+            },
         )
 
     def _kept(self, ids: list[int]) -> list[int]:
@@ -253,6 +255,7 @@ class Trainer:
         from tqdm import tqdm
 
         self.engine.train()
+        remove_folder(Path(self.config.log_dir))  # an earlier run's, now that all else is known to be well
         self.logger.attach(self.engine)
         started, losses = time.perf_counter(), []
         bar = tqdm(self.schedule, total=self.schedule.num_steps, desc="train", disable=not self.runtime.is_main)
@@ -268,7 +271,8 @@ class Trainer:
         if self.config.model_dir is not None:
             shards = engine_shards(self.engine)
             dtypes = dict.fromkeys(shards.layout.slots, torch.float32)
-            export_model(Path(self.config.model_dir), shards.read(), dtypes, self.engine.module, self.tokenizer)
+            with promoted(Path(self.config.model_dir)) as part:
+                export_model(part, shards.read(), dtypes, self.engine.module, self.tokenizer)
         return {
             "steps": len(losses),
             "samples": len(self.dataset),
@@ -325,12 +329,6 @@ def check_train_config(config: Config) -> None:
 
 def train(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Trains as configured and leaves the log; returns the summary, which also lies beside the log. Collective."""
-    from lmc_dist.runtime import remove_folder
-
-    if config.overwrite:
-        remove_folder(Path(config.log_dir), expected="manifest.json")
-        if config.model_dir is not None:
-            remove_folder(Path(config.model_dir), expected="config.json")
     summary = Trainer(config, runtime).run()
     if runtime.is_main:
         write_json(Path(config.log_dir) / "train.json", summary)

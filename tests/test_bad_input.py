@@ -194,6 +194,9 @@ def test_existing_results_are_not_overwritten_by_accident(ranks: Any, trained: C
     config = replace(trained, output_dir=str(tmp_path / "out"), forget=ForgetConfig(samples="3"))
     assert "is not empty" in ranks(2).run(unlearn_job, config)[0]
     assert "holds no result.json" in ranks(2).run(unlearn_job, replace(config, overwrite=True))[0]
+    (tmp_path / "out" / "result.json").touch()
+    broken = replace(config, overwrite=True, forget=ForgetConfig(samples="999"))
+    assert "not in the dataset" in ranks(2).run(unlearn_job, broken)[0]  # found before anything is removed
     assert (tmp_path / "out" / "precious.txt").exists()
 
 
@@ -226,6 +229,10 @@ def test_training_refuses_a_used_log_and_bad_settings(ranks: Any, trained: Confi
         errors = ranks(2).run(ring_and_log_job, bad)
         assert all(re.search(message, error) for error in errors), (message, errors)
     assert not (tmp_path / "log").exists()
+    kept = digest(Path(trained.log_dir))
+    bad = replace(trained, overwrite=True, train=replace(trained.train, schedule="wavy"))
+    assert "wavy" in ranks(2).run(ring_and_log_job, bad)[0]
+    assert digest(Path(trained.log_dir)) == kept  # overwriting waits until everything else is known to be well
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

@@ -42,9 +42,14 @@ def test_three_launchers_reach_the_same_weights(ranks: Any, tmp_path: Path) -> N
     }
     options = ["--config", "configs/demo_base.yaml"]
     settings = {"optimizer": "sgd", "learning_rate": "0.1", "max_steps": "12"}
-    train = [part for key, value in settings.items() for part in (f"--train.{key}", value)] + ["--log.storage", "update"]
+    train = [part for key, value in settings.items() for part in (f"--train.{key}", value)] + [
+        "--log.storage",
+        "update",
+    ]
     for name, start in starts.items():
-        run([*start, *options, *train, "--log_dir", str(tmp_path / name), "--model_dir", str(tmp_path / name / "model")])
+        run(
+            [*start, *options, *train, "--log_dir", str(tmp_path / name), "--model_dir", str(tmp_path / name / "model")]
+        )
         assert (tmp_path / name / "model" / "model.safetensors").exists()
     assert TrajectoryLog(tmp_path / "one process").manifest.world_size == 1
     checksums = {name: TrajectoryLog(tmp_path / name).record(11).checksum for name in starts}

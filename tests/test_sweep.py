@@ -127,7 +127,8 @@ def check_requests(K: int | None) -> dict[str, float]:
         _, retrained = train(module, request)
         errors[name] = (trained + correction.v - retrained).norm() / (trained - retrained).norm()
         assert sum(a.hvp_calls for a in correction.audit) > 0
-        assert len(correction.audit) == (1 if K is None else correction.audit[-1].tau and len(correction.audit))
+        touched = sum(request.touches(record) for record in log.records())
+        assert len(correction.audit) == (1 if K is None else touched)
     return errors
 
 

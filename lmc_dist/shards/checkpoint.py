@@ -71,7 +71,9 @@ def write_checkpoint(
     rounded = theta.clone()
     for name, shard in rounded.items():
         shard.copy_(shard.to(dtypes[name]))
-    expected, found = checksum(rounded), checksum(read_checkpoint(folder, theta))
+    with agreement(layout.group):
+        stored = read_checkpoint(folder, theta)
+    expected, found = checksum(rounded), checksum(stored)
     if found != expected:
         raise LmcError(f"checkpoint {folder} does not hold the weights that were written")
     return found

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import agree
+from lmc_dist.runtime import agreement, cpu_group
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
@@ -36,7 +36,9 @@ class ZeRO3Shards:
         # Any: DeepSpeed gives parameters attributes (ds_tensor, ds_numel, ...) that torch's type does not know.
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         group = next(iter(self.parameters.values())).ds_process_group
-        self.layout = ShardLayout.of_module(module, None if group is dist.group.WORLD else group)
+        if dist.get_world_size(group) != dist.get_world_size():
+            raise LmcError("ZeRO-3 over a part of the ranks (MiCS, hpZ) is not supported yet")
+        self.layout = ShardLayout.of_module(module, cpu_group())
 
     def _master(self, name: str) -> tuple[int, torch.Tensor]:
         """(sub-group, this rank's unpadded view of the float32 master)."""
@@ -56,8 +58,8 @@ class ZeRO3Shards:
                     yield key, name, value.narrow(0, offset, self.layout.slots[name].local_numel)
 
     def read(self) -> ShardedVector:
-        """A copy of the float32 master shards. Local."""
-        return ShardedVector.from_shards(self.layout, {name: self._master(name)[1] for name in self.parameters})
+        """A copy of the float32 master shards in host memory. Local."""
+        return ShardedVector.from_shards(self.layout, {name: self._master(name)[1].cpu() for name in self.parameters})
 
     def write(self, theta: ShardedVector) -> None:
         """Sets masters, working shards and persistent parameters to θ, and checks that they agree. Collective.
@@ -65,8 +67,9 @@ class ZeRO3Shards:
         Raises:
             LmcError: θ is laid out differently, or a copy does not hold θ afterwards.
         """
-        if theta.layout != self.layout:
-            agree(LmcError("the vector's layout is not the engine's: other parameters or another world size"))
+        with agreement(self.layout.group):
+            if theta.layout != self.layout:
+                raise LmcError("the vector's layout is not the engine's: other parameters or another world size")
         for name, shard in theta.items():
             self._master(name)[1].copy_(shard)
         self.refresh()
@@ -90,7 +93,7 @@ class ZeRO3Shards:
                 shards[name] = parameter.detach().reshape(-1)[slot.start : slot.end]
             else:
                 shards[name] = parameter.ds_tensor.detach().view(-1)[: slot.local_numel]
-        return ShardedVector.from_shards(self.layout, shards)
+        return ShardedVector.from_shards(self.layout, {name: shard.cpu() for name, shard in shards.items()})
 
     def verify(self, theta: ShardedVector) -> str:
         """Checks that masters and working shards hold θ (the latter rounded to their dtype); its checksum. Collective."""
@@ -112,7 +115,11 @@ class ZeRO3Shards:
             for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
                 if torch.is_tensor(value) and value.numel() == 1 and key not in shards:
                     scalars[key] = float(value)
-        return {key: ShardedVector.from_shards(self.layout, tensors) for key, tensors in shards.items()}, scalars
+        vectors = {
+            key: ShardedVector.from_shards(self.layout, {name: tensor.cpu() for name, tensor in tensors.items()})
+            for key, tensors in shards.items()
+        }
+        return vectors, scalars
 
     def write_state(self, vectors: dict[str, ShardedVector], scalars: dict[str, float]) -> None:
         """Replaces all optimizer state by what `read_state` returned; an optimizer that never stepped has none. Local."""

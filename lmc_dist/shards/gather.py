@@ -9,6 +9,9 @@ themselves, so that any order of differentiation works. All ranks of the group m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +24,58 @@ _all_gather_base = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter_base = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@dataclass
+class Traffic:
+    """Payload of the collectives of this rank since `count_traffic` began, in elements of whole vectors."""
+
+    gathered: int = 0
+    reduced: int = 0
+
+
+_traffic: list[Traffic] = []
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Counts what the gathers and reduce-scatters inside the block move."""
+    counter = Traffic()
+    _traffic.append(counter)
+    try:
+        yield counter
+    finally:
+        _traffic.remove(counter)
+
+
+class PendingGather:
+    """An all-gather under way: (..., L) of each rank → (..., W, L). All ranks start them in the same order."""
+
+    def __init__(self, shard: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+        _, world_size = group_rank(group)
+        for counter in _traffic:
+            counter.gathered += shard.numel() * world_size
+        self.work: Any = None
+        if world_size == 1:
+            self.out = shard.unsqueeze(0)
+            return
+        self.shard = shard.contiguous()  # alive until the collective is through
+        self.out = shard.new_empty((world_size, *shard.shape))
+        self.work = _all_gather_base(self.out.view(-1), self.shard.view(-1), group=group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.out.movedim(0, -2)
+
+
 def _gather(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    _, world_size = group_rank(group)
-    if world_size == 1:
-        return shard.unsqueeze(-2)
-    out = shard.new_empty((world_size, *shard.shape))
-    _all_gather_base(out.view(-1), shard.contiguous().view(-1), group=group)
-    return out.movedim(0, -2)
+    return PendingGather(shard, group).wait()
 
 
 def _scatter(full: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     _, world_size = group_rank(group)
+    for counter in _traffic:
+        counter.reduced += full.numel()
     if world_size == 1:
         return full.squeeze(-2)
     parts = full.movedim(-2, 0).contiguous()

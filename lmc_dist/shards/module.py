@@ -16,6 +16,7 @@ from torch.func import functional_call
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.gather import all_gather, unpack
 from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.segments import SegmentedModule
 
 
 class ShardedModule:
@@ -25,9 +26,12 @@ class ShardedModule:
         module: Any nn.Module; its own trainable parameter values are ignored.
         layout: Where the parameters lie.
         device: Where buffers live and inputs are put.
+        blocked: Gather one block at a time inside products; False gathers the whole model.
     """
 
-    def __init__(self, module: nn.Module, layout: ShardLayout, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, module: nn.Module, layout: ShardLayout, device: torch.device | str = "cpu", blocked: bool = True
+    ) -> None:
         trainable = {name for name, p in module.named_parameters() if p.requires_grad}
         if trainable != set(layout.slots):
             raise LmcError(
@@ -39,6 +43,7 @@ class ShardedModule:
         if frozen:
             raise LmcError(f"frozen parameters need values, but {frozen[:3]} are on the meta device")
         self.module, self.layout, self.device = module, layout, torch.device(device)
+        self.segments = SegmentedModule(module, layout, blocked)
 
     def gather(self, flat: torch.Tensor) -> torch.Tensor:
         """Flat shards (L,) → all ranks' flat shards (W, L); differentiable. Collective."""

@@ -62,5 +62,9 @@ def training_log(engine: Any, log_dir: str, **settings: Any) -> Iterator[Trainin
     """
     logger = TrainingLogger(log_dir, **settings)
     logger.attach(engine)
-    yield logger
+    try:
+        yield logger
+    except BaseException:
+        logger.detach()
+        raise
     logger.close()

@@ -105,6 +105,8 @@ class TrainingLogger:
         if self._attached is not None:
             raise LmcError("the logger is already attached to an engine")
         shards = engine_shards(model, optimizer)
+        if odd := {str(p.dtype) for p in shards.parameters.values()} - {"torch.float32"}:
+            raise LmcError(f"training in {', '.join(sorted(odd))} cannot be logged yet, only float32")
         manifest = self._manifest(shards)
         writer = LogWriter(self.log_dir, manifest, shards.layout)
         attached = _Attached(shards, writer, shards.read())
@@ -177,7 +179,10 @@ class TrainingLogger:
         last = self._attached.passes[-1]
         last.drew_random = not torch.equal(last.random_state, get_rng_state(self._device(kwargs)))
         loss = getattr(output, "loss", None)
-        last.loss = None if loss is None else loss.detach()
+        if loss is not None:
+            last.loss = loss.detach()
+            if loss.requires_grad:  # what the loss is multiplied by on the way to the gradient
+                loss.register_hook(lambda seed: setattr(last, "seed", seed.detach()))
 
     def _wrap_step(self, attached: _Attached) -> None:
         optimizer = attached.shards.optimizer
@@ -229,16 +234,20 @@ class TrainingLogger:
             raise LmcError("register_step got another model than the one the logger is attached to")
         if step_id != self.step:
             raise LmcError(f"step {step_id} does not follow step {self.step - 1}")
-        if batch_data is not None:
-            ids = batch_data.get("sample_ids")
-            if ids is None or len(ids) != len(attached.passes):
-                raise LmcError(
-                    f"batch_data['sample_ids'] needs one list of ids for each of {len(attached.passes)} passes"
-                )
-            for seen, given in zip(attached.passes, ids, strict=True):
-                seen.sample_ids = [int(i) for i in given]
+        with agreement(attached.shards.layout.group):
+            if batch_data is not None:
+                self._take_ids(attached.passes, batch_data)
         groups = len(attached.shards.optimizer.optimizer.param_groups)
         self._register(attached, batch_id, (float(eta),) * groups, step_id)
+
+    @staticmethod
+    def _take_ids(passes: list[Pass], batch_data: dict[str, Any]) -> None:
+        """The ids of each pass, as `register_step` was given them."""
+        ids = batch_data.get("sample_ids")
+        if ids is None or len(ids) != len(passes):
+            raise LmcError(f"batch_data['sample_ids'] needs one list of ids for each of {len(passes)} passes")
+        for seen, given in zip(passes, ids, strict=True):
+            seen.sample_ids = [int(i) for i in given]
 
     def _register(self, attached: _Attached, batch_id: int, lrs: tuple[float, ...], step_id: int | None) -> None:
         step = self.step if step_id is None else step_id
@@ -332,6 +341,12 @@ class TrainingLogger:
         if self._attached is None:
             return
         self.save_to_disk()
+        self.detach()
+
+    def detach(self) -> None:
+        """Removes the hooks and closes the files without a final snapshot, as after an error. Local."""
+        if self._attached is None:
+            return
         for undo in reversed(self._attached.undo):
             undo()
         self._attached.writer.close()

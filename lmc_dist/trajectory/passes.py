@@ -26,6 +26,7 @@ class Pass:
     random_state: torch.Tensor
     drew_random: bool = False
     loss: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -33,6 +34,7 @@ class Pass:
             "targets": self.num_targets,
             "items": self.num_items,
             "loss": None if self.loss is None else float(self.loss),
+            "seed": None if self.seed is None else float(self.seed),
             "state": self.random_state.cpu().numpy().tobytes() if self.drew_random else None,
         }
 
@@ -99,6 +101,9 @@ def merge_passes(
                 "declare loss_normalization='given' if that is meant (such a log cannot be renormalised)"
             )
         denominators = [items.pop()] * len(passes)
+    if normalization != "given":
+        # The engine averages over ranks, so a sum over them needs a loss multiplied by their number.
+        check_seeds(passes, len(ranks) if normalization == "global_token_mean" else 1 / micro_steps)
     records = tuple(
         MicroRecord(r, m, tuple(p["ids"]), d, p["state"]) for (r, m, p), d in zip(passes, denominators, strict=True)
     )
@@ -108,6 +113,21 @@ def merge_passes(
     else:  # a mean over passes was not divided by their number yet
         loss = sum(losses) / (len(passes) if normalization == "micro_batch_token_mean" else 1)
     return records, sum(denominators) / len(denominators), loss
+
+
+def check_seeds(passes: list[tuple[int, int, dict[str, Any]]], expected: float) -> None:
+    """Checks that the model's loss reached the gradient with the weight its normalisation needs.
+
+    Raises:
+        LmcError: It was scaled otherwise, so D_s would not be what the gradient was divided by.
+    """
+    for rank, micro_step, p in passes:
+        if p["targets"] and p["seed"] is not None and abs(p["seed"] - expected) > 1e-6 * expected:
+            raise LmcError(
+                f"rank {rank}, pass {micro_step}: the loss entered the gradient multiplied by {p['seed']:g}, its "
+                f"normalisation needs {expected:g}: with num_items_in_batch use engine.backward(loss * world_size, "
+                "scale_wrt_gas=False), with a mean over micro-batches plain engine.backward(loss)"
+            )
 
 
 def clip_coefficient(grad_norm: float | None, max_grad_norm: float) -> float:

@@ -67,6 +67,8 @@ def replay(
         first = next((r.step for r in log.records() if counterfactual.touches(r)), log.num_steps)
     log.require(first, updates=False)
     start = log.nearest_snapshot(first)
+    if start == first and start > log.first_step:
+        start = log.nearest_snapshot(start - 1)  # some unchanged steps, whose checksums certify the rest
     vectors, scalars = log.snapshot(start)
     shards.write(vectors.pop("theta"))
     shards.write_state(vectors, scalars)

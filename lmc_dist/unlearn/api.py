@@ -13,7 +13,7 @@ from lmc_dist.config import Counterfactual as Kind
 from lmc_dist.curvature import HVPConfig
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import agreement
+from lmc_dist.runtime import agreement, check_replaceable, promoted
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.fingerprint import model_fingerprint
 from lmc_dist.shards.module import ShardedModule, build_skeleton
@@ -23,7 +23,7 @@ from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import Correction, apply_correction, compute_correction
 from lmc_dist.unlearn.request import make_request
-from lmc_dist.unlearn.results import check_output_dir, promoted, write_results
+from lmc_dist.unlearn.results import write_results
 
 
 def run_lmcleaner_batch_unlearning(
@@ -114,7 +114,7 @@ def _run(
     device = getattr(model, "device", torch.device("cpu")) if is_engine else torch.device("cpu")
     with agreement():
         if output_dir is not None:
-            check_output_dir(Path(output_dir))
+            check_replaceable(Path(output_dir), "result.json", overwrite=False)
         log = TrajectoryLog(training_log_dir)
         inner = model.module if is_engine else model
         skeleton = build_skeleton(getattr(inner, "config", inner), device)

@@ -27,7 +27,7 @@ class AuditRecord:
         replay_head: Steps replayed exactly first.
         stopped_by: `end` of the trajectory or `K`.
         seconds: Wall time.
-        growth_max: Largest ‖v_{s+1}‖ / ‖v_s‖ of a step without a source.
+        growth_max: Largest ‖v_{s+1}‖ / ‖v_s‖ of a step, before its own source is added.
     """
 
     unit: str

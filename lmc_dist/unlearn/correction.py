@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import ShardReader, write_shard_file
-from lmc_dist.trajectory.record import Trajectory
+from lmc_dist.trajectory.record import StepRecord, Trajectory, TrajectoryManifest
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.sweep import sweep
@@ -88,23 +88,32 @@ def compute_correction(
         if K is not None and K < 0:
             raise LmcError(f"K must be ≥ 0 or null, got {K}")
         manifest = trajectory.manifest
-        check_supported(manifest.optimizer)
         records = list(trajectory.records())
         touched = check_request(counterfactual, records, batches, manifest.loss_normalization)
         if not touched:
             raise LmcError("no logged step that changed the weights holds any of the forgotten data")
         first = touched[0].step
         trajectory.require(first)
-        clipped = [r.step for r in records if r.step >= first and r.applied and r.clip_coef < 1]
-        if clipped:
-            raise LmcError(
-                f"{len(clipped)} steps were clipped, the first at {clipped[0]} (max_grad_norm={manifest.max_grad_norm}): "
-                "the tangent of clipping is not available yet; use replay_head=all"
-            )
+        check_update_rule(manifest, records, first)
     result = sweep(
         trajectory, module, loss or TokenCrossEntropy(), batches, counterfactual, config or HVPConfig(), K, progress
     )
     return Correction(result.v, result.audit, result.gradients_equivalent)
+
+
+def check_update_rule(manifest: TrajectoryManifest, records: Iterable[StepRecord], first: int) -> None:
+    """Checks that the tangent of every step ≥ first is known. Local.
+
+    Raises:
+        LmcError: Another optimizer than plain SGD, or steps whose gradient was clipped.
+    """
+    check_supported(manifest.optimizer)
+    clipped = [r.step for r in records if r.step >= first and r.applied and r.clip_coef < 1]
+    if clipped:
+        raise LmcError(
+            f"{len(clipped)} steps were clipped, the first at {clipped[0]} (max_grad_norm={manifest.max_grad_norm}): "
+            "the tangent of clipping is not available yet; use replay_head=all"
+        )
 
 
 def apply_correction(target: Any, correction: Correction | ShardedVector) -> str:

@@ -47,7 +47,8 @@ def retrain(run: UnlearningRun, folder: Path) -> tuple[ShardedVector, float]:
             tail = "\n".join(output.read_text().strip().splitlines()[-15:])
             raise LmcError(f"the reference training failed with status {status}:\n{tail}")
     seconds = time.perf_counter() - started
-    log = TrajectoryLog(folder / "log")
+    with agreement():
+        log = TrajectoryLog(folder / "log")
     if run.log.first_step == 0 and (run.log.theta(0) - log.theta(0)).norm() != 0:
         raise LmcError("the reference did not start from the logged initial weights: is model.path still the same?")
     return log.theta(log.num_steps), seconds

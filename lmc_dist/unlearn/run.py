@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lmc_dist.config import Config, TrainConfig
+from lmc_dist.config import Config
 from lmc_dist.console import StepProgress
 from lmc_dist.curvature import HVPConfig
 from lmc_dist.data import PERSON_STRIDE, epoch_order
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import mean_loss, relative_error
-from lmc_dist.runtime import Runtime, agreement, remove_folder
+from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted
 from lmc_dist.shards.fingerprint import model_fingerprint
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.training import build_config, build_dataset, build_model, deepspeed_config, read_request
+from lmc_dist.training import build_config, build_dataset, build_model, read_request
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.logger import package_versions
@@ -28,16 +30,18 @@ from lmc_dist.trajectory.record import StepRecord
 from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
-from lmc_dist.unlearn.correction import Correction, compute_correction
+from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction
 from lmc_dist.unlearn.reference import retrain
 from lmc_dist.unlearn.request import check_request
-from lmc_dist.unlearn.results import check_output_dir, promoted, write_results
+from lmc_dist.unlearn.results import write_results
+
+logger = logging.getLogger(__name__)
 
 EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotten ones are
 
 # What a method is called in tables, and its settings: hessian_mode and replay_head.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tim": ("first-order rollback (TIM)", {"hessian_mode": "none", "replay_head": 0}),
+    "tim": ("first-order rollback (TIM)", {"hessian_mode": "none", "replay_head": 0, "damping": 0.0}),
     "ggn": ("LMCleaner, GGN", {"hessian_mode": "GGN", "replay_head": 0}),
     "replay": ("exact replay", {"replay_head": "all"}),
 }
@@ -51,6 +55,7 @@ class MethodResult:
     label: str
     correction: Correction
     seconds: float
+    replay: dict[str, Any] | None = None
 
 
 class UnlearningRun:
@@ -63,8 +68,6 @@ class UnlearningRun:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.output_dir = Path(config.output_dir)
-        if config.overwrite:
-            remove_folder(self.output_dir, expected="result.json")
         with agreement():
             self._check_settings()
             self.log = TrajectoryLog(config.log_dir)
@@ -83,12 +86,14 @@ class UnlearningRun:
             )
             if not self.touched:
                 raise LmcError("no logged step that changed the weights holds any of the forgotten data")
-            replays = all(settings.get("replay_head") == "all" for _, settings in self.methods())
+            replays = self.methods()[0][1]["replay_head"] == "all"
             self.log.require(self.touched[0].step, updates=not replays)
+            if not replays:
+                check_update_rule(self.log.manifest, self.log.records(), self.touched[0].step)
 
     def _check_settings(self) -> None:
         unlearn = self.config.unlearn
-        check_output_dir(self.output_dir)
+        check_replaceable(self.output_dir, "result.json", self.config.overwrite)
         if unlearn.K is not None and unlearn.K < 0:
             raise LmcError(f"unlearn.K must be ≥ 0 or null, got {unlearn.K}")
         if unlearn.replay_head not in (0, "all"):
@@ -124,7 +129,8 @@ class UnlearningRun:
             "damping": unlearn.damping,
         }
         name = "replay" if unlearn.replay_head == "all" else {"none": "tim", "GGN": "ggn"}[unlearn.hessian_mode]
-        return [(name, own), *((other, METHODS[other][1]) for other in self._compared() if other != name)]
+        compared = [(other, {"damping": unlearn.damping, **METHODS[other][1]}) for other in self._compared()]
+        return [(name, own), *((other, settings) for other, settings in compared if other != name)]
 
     def _check_fingerprints(self, skeleton: torch.nn.Module) -> None:
         manifest = self.log.manifest
@@ -143,29 +149,29 @@ class UnlearningRun:
     def compute(self, name: str, settings: dict[str, Any], theta: ShardedVector) -> MethodResult:
         """One method's correction. Collective."""
         started = time.perf_counter()
-        label = METHODS[name][0]
+        label, K = METHODS[name][0], self.config.unlearn.K
         with self._progress(name) as progress:
             if settings.get("replay_head") == "all":
-                correction = self._replay(theta, progress)
+                correction, certificate = self._replay(theta, progress)
+                return MethodResult(name, label, correction, time.perf_counter() - started, certificate)
             else:
-                unlearn = self.config.unlearn
-                label += f", K={'all' if unlearn.K is None else unlearn.K}" if name == "ggn" else ""
-                hvp = HVPConfig(settings["hessian_mode"], settings.get("damping", 0.0))
+                hvp = HVPConfig(settings["hessian_mode"], settings["damping"])
+                label += f", K={'all' if K is None else K}" if name == "ggn" or K is not None else ""
+                label += f", λ={hvp.damping:g}" if hvp.damping else ""
                 correction = compute_correction(
-                    self.log, self.module, self.batches, self.request, hvp, unlearn.K, progress=progress
+                    self.log, self.module, self.batches, self.request, hvp, K, progress=progress
                 )
         return MethodResult(name, label, correction, time.perf_counter() - started)
 
-    def _replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> Correction:
+    def _replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> tuple[Correction, dict[str, Any]]:
+        """The correction by replay, and how far it was certified by checksums on the way."""
         started = time.perf_counter()
-        settings = None
-        if run := self.log.manifest.run.get("config"):
-            settings = deepspeed_config(TrainConfig(**run["train"]), self.runtime.world_size)
-        model = build_model(self.config.model, self.model_config, seed=0)
-        engine = replay_engine(model, self.log, settings)
+        without_weights = replace(self.config.model, path=None)  # replay brings the logged ones
+        model = build_model(without_weights, self.model_config, seed=0)
+        engine = replay_engine(model, self.log, self.log.manifest.run.get("deepspeed"))
         result = replay(engine, self.log, self.batches, self.request, progress)
         engine.destroy()
-        v = result.theta - theta
+        v = result.theta.to(device=theta.flat.device) - theta
         audit = AuditRecord(
             unit="joint",
             tz=self.touched[0].step,
@@ -182,7 +188,9 @@ class UnlearningRun:
             seconds=time.perf_counter() - started,
             growth_max=None,
         )
-        return Correction(v, (audit,), float(result.steps), result.theta)
+        theta_hat = result.theta.to(device=theta.flat.device)
+        certificate = {"verified_steps": result.verified, "bit_exact_world_size": result.exact}
+        return Correction(v, (audit,), float(result.steps), theta_hat), certificate
 
     def _progress(self, name: str) -> Any:
         return StepProgress(name, self.touched[0].step, self.log.num_steps, enabled=self.runtime.is_main)
@@ -222,8 +230,14 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
     tau = run.log.num_steps
     theta = run.log.theta(tau)
     with promoted(run.output_dir) as part:
-        results = [run.compute(name, settings, theta) for name, settings in run.methods()]
-        main = results[0]
+        (name, settings), *others = run.methods()
+        main = run.compute(name, settings, theta)
+        results = [main]
+        for other, other_settings in others:
+            try:
+                results.append(run.compute(other, other_settings, theta))
+            except LmcError as error:  # the same on all ranks; it must not cost the main result
+                logger.warning("%s is left out of the comparison: %s", METHODS[other][0], error)
         reference, retrain_seconds = None, None
         if config.reference == "retrain":
             reference, retrain_seconds = retrain(run, part / "reference")
@@ -252,6 +266,7 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
                 "num_steps": tau,
                 "counterfactual": run.request.kind,
             },
+            "replay": main.replay,
             "rows": rows,
         }
         corrected = main.correction.corrected(theta)
@@ -269,7 +284,7 @@ def table(
     """One row a method, between doing nothing and retraining. Collective."""
 
     def row(method: str, label: str, weights: ShardedVector, gradients: float, seconds: float | None) -> dict[str, Any]:
-        forget, retain = run.losses(weights)
+        forget, retain = (loss if math.isfinite(loss) else None for loss in run.losses(weights))
         error = None if reference is None else relative_error(weights, theta, reference)
         return {
             "method": method,

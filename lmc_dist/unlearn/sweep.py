@@ -45,8 +45,8 @@ class Window:
     tz: int
     last_step: int  # last step it is propagated through
     v: ShardedVector
-    v0_norm: float | None = None
-    norm: float = 0.0
+    v0_norm: float
+    norm: float
     steps: int = 0
     hvp_calls: int = 0
     growth_max: float | None = None
@@ -121,12 +121,16 @@ class _Sweep:
             edited = edit_step(
                 record, self.counterfactual, trajectory.manifest.loss_normalization, self.batches.num_targets
             )
+            injected = None
             if record.applied and not edited.skipped:
-                self._propagate(step, theta, edited)
+                injected = self._propagate(step, theta, edited)
+            self._measure(step)
             update = trajectory.advance(theta, step)
             if record.applied and edited.skipped:
-                self._add(step, update * -1.0)
-            self._measure(step, has_source=record.applied and edited.is_changed)
+                injected = update * -1.0
+            if injected is not None:
+                self._add(step, injected)
+            self._retire(step)
             progress(step)
         self._freeze(self.windows)
         growth = max((a.growth_max or 0.0 for a in self.done), default=0.0)
@@ -139,7 +143,8 @@ class _Sweep:
             )
         return SweepResult(self.total, tuple(self.done), self.cost)
 
-    def _propagate(self, step: int, theta: ShardedVector, edited: EditedStep) -> None:
+    def _propagate(self, step: int, theta: ShardedVector, edited: EditedStep) -> ShardedVector | None:
+        """Carries the windows through the step; returns what the step's own source adds."""
         lrs = edited.record.lr
         active = [window for window in self.windows if step <= window.last_step]
         micros = micro_batches(edited, self.batches, self.module, "kept") if active and self.config.uses_model else []
@@ -150,23 +155,26 @@ class _Sweep:
             if self.config.uses_model:
                 window.hvp_calls += 1
                 self.cost += GRADIENTS_PER_PRODUCT[self.config.mode] * share(edited, "kept")
-        if edited.is_changed:
-            b = source(edited, theta, self.batches, self.module, self.loss)
-            self.cost += share(edited, "source")
-            self._add(step, self.tangent(theta, b.like(b.flat.new_zeros(b.flat.shape)), b, lrs))
+        if not edited.is_changed:
+            return None
+        b = source(edited, theta, self.batches, self.module, self.loss)
+        self.cost += share(edited, "source")
+        return self.tangent(theta, b.like(torch.zeros_like(b.flat)), b, lrs)
 
     def _add(self, step: int, injected: ShardedVector) -> None:
         """A source enters: the joint vector takes it up, or a window of its own opens."""
-        self.source_total += injected.norm()
+        size = injected.norm()
+        self.source_total += size
         if self.K is None and self.windows:
             self.windows[0].v.add_(injected)
+            self.windows[0].norm = self.windows[0].v.norm()
             return
         last = self.trajectory.num_steps - 1 if self.K is None else min(step + self.K, self.trajectory.num_steps - 1)
         unit = "joint" if self.K is None else f"step-{step}"
-        self.windows.append(Window(unit, step, last, injected))
+        self.windows.append(Window(unit, step, last, injected, v0_norm=size, norm=size))
 
-    def _measure(self, step: int, has_source: bool) -> None:
-        """Norms of all windows (one all-reduce), growth, divergence; windows that are through are frozen."""
+    def _measure(self, step: int) -> None:
+        """Norms of all windows after propagation (one all-reduce), growth, divergence."""
         if not self.windows:
             return
         for window, square in zip(self.windows, dots([(w.v, w.v) for w in self.windows]), strict=True):
@@ -177,11 +185,12 @@ class _Sweep:
                     f"{self.source_total:.3g} together (last growth {norm / max(window.norm, 1e-300):.3g} a step): "
                     "η·λ_max > 2 on these steps. Use a smaller K, or replay_head=all"
                 )
-            if window.v0_norm is None:
-                window.v0_norm = norm
-            elif window.norm > 0 and not has_source:
+            if window.norm > 0:
                 window.growth_max = max(window.growth_max or 0.0, norm / window.norm)
             window.norm = norm
+
+    def _retire(self, step: int) -> None:
+        """Freezes the windows that are through."""
         self._freeze([window for window in self.windows if step >= window.last_step])
         self.windows = [window for window in self.windows if step < window.last_step]
 
@@ -198,7 +207,7 @@ class _Sweep:
             tau=tau,
             K_used=window.steps,
             v_norm=window.norm,
-            v0_norm=window.v0_norm or 0.0,
+            v0_norm=window.v0_norm,
             hvp_calls=window.hvp_calls,
             mode=self.config.mode,
             damping=self.config.damping,

@@ -1,0 +1,222 @@
+"""A model cut into segments whose parameters are gathered one at a time: the outside and its repeated blocks.
+
+    prefix (embeddings, masks) → block 0 → … → block n−1 → suffix (norm, head)
+
+The model itself stays unmodified. Its own forward is run with stand-ins in place of the blocks, once to see what the
+first block is given and what arguments every block gets, once to continue from the last block's output.
+
+A model whose blocks cannot be found has none: then the suffix is the whole model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from lmc_dist.shards.layout import ShardLayout, Slot
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some parameters of a layout, gathered together.
+
+    Attributes:
+        slots: Their slots.
+        ranges: Runs [start, stop) of the flat buffer that they fill, in slot order.
+        strip: Length of the name prefix that the segment's own module does not know.
+    """
+
+    slots: tuple[Slot, ...]
+    ranges: tuple[tuple[int, int], ...]
+    strip: int = 0
+
+    @property
+    def numel(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+    def take(self, flat: torch.Tensor) -> torch.Tensor:
+        """(..., L of the layout) → (..., L of the segment); a view when the segment is one run."""
+        parts = [flat[..., start:stop] for start, stop in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def add_to(self, flat: torch.Tensor, part: torch.Tensor) -> None:
+        """flat[the segment's runs] += part."""
+        offset = 0
+        for start, stop in self.ranges:
+            flat[..., start:stop] += part[..., offset : offset + stop - start]
+            offset += stop - start
+
+    def unpack(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gathered (W, L of the segment) → parameters by the names the segment's module knows."""
+        columns = torch.split(full, [slot.padded for slot in self.slots], dim=-1)
+        return {
+            slot.spec.name[self.strip :]: column.reshape(-1)[: slot.spec.numel].view(slot.spec.shape)
+            for slot, column in zip(self.slots, columns, strict=True)
+        }
+
+
+def make_segment(slots: Sequence[Slot], strip: int = 0) -> Segment:
+    """A segment of the given slots, neighbouring ones merged into runs."""
+    ranges: list[tuple[int, int]] = []
+    for slot in slots:
+        stop = slot.offset + slot.padded
+        if ranges and ranges[-1][1] == slot.offset:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((slot.offset, stop))
+    return Segment(tuple(slots), tuple(ranges), strip)
+
+
+class _Stop(Exception):
+    """Carries the first block's input out of the model's forward."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place: answers attribute look-ups like the block, does something else when called."""
+
+    def __init__(self, block: nn.Module, action: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not registered: its parameters must stay out of the outside's table
+        self.__dict__["_action"] = action
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_action"](hidden, args, kwargs)
+
+
+@dataclass
+class Call:
+    """What the model's forward hands each block beside the hidden states."""
+
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class SegmentedModule:
+    """The segments of a skeleton module and how to run each of them.
+
+    Args:
+        module: Skeleton; parameters on meta.
+        layout: Where its parameters lie.
+        blocked: False treats the whole model as one segment.
+    """
+
+    def __init__(self, module: nn.Module, layout: ShardLayout, blocked: bool = True) -> None:
+        self.module = module
+        name, blocks = find_blocks(module, layout) if blocked else ("", None)
+        self.container = blocks
+        self.blocks: list[nn.Module] = list(blocks) if blocks is not None else []
+        self.block_segments: list[Segment] = []
+        inside: set[str] = set()
+        for i in range(len(self.blocks)):
+            prefix = f"{name}.{i}."
+            slots = [slot for slot in layout if slot.spec.name.startswith(prefix)]
+            inside.update(slot.spec.name for slot in slots)
+            self.block_segments.append(make_segment(slots, len(prefix)))
+        self.outer = make_segment([slot for slot in layout if slot.spec.name not in inside])
+        self._returns_tuple = False
+        if blocked and not self.blocks and layout.total_numel > 1_000_000:
+            logger.warning(
+                "no repeated blocks found in %s: products gather the whole model (%.0f MB a rank) at once",
+                type(module).__name__,
+                layout.total_numel * 4 / 2**20,
+            )
+
+    @contextmanager
+    def _stand_ins(self, action: Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+        assert self.container is not None
+        modules = self.container._modules
+        for i, block in enumerate(self.blocks):
+            modules[str(i)] = _StandIn(block, lambda h, a, k, i=i: action(i, h, a, k))
+        try:
+            yield
+        finally:
+            for i, block in enumerate(self.blocks):
+                modules[str(i)] = block
+
+    def _wrap(self, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def _outside(self, outer: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
+        return functional_call(self.module, self.outer.unpack(outer), args=(), kwargs=dict(inputs))
+
+    def prefix(self, outer: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The first block's input, from the gathered outside (W, L_outer)."""
+
+        def stop(i: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise _Stop(hidden)
+
+        try:
+            with self._stand_ins(stop):
+                self._outside(outer, inputs)
+        except _Stop as stopped:
+            return stopped.hidden
+        raise AssertionError("the model's forward did not call its blocks")
+
+    def block(self, i: int, full: torch.Tensor, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Block i's output hidden states."""
+        args, kwargs = call.arguments[i]
+        parameters = self.block_segments[i].unpack(full)
+        result = functional_call(self.blocks[i], parameters, (hidden, *args), kwargs)
+        self._returns_tuple = isinstance(result, tuple)
+        return result[0] if self._returns_tuple else result
+
+    def suffix(self, outer: torch.Tensor, hidden: torch.Tensor | None, inputs: Mapping[str, Any]) -> Any:
+        """The model's output from the last block's; the whole model where there are no blocks (hidden None)."""
+        if hidden is None:
+            return self._outside(outer, inputs)
+        with self._stand_ins(lambda i, h, a, k: self._wrap(hidden)):
+            return self._outside(outer, inputs)
+
+    @torch.no_grad()
+    def arguments(self, outer: torch.Tensor, inputs: Mapping[str, Any]) -> Call:
+        """What every block is called with beside the hidden states (masks, positions)."""
+        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        shapes: list[torch.Size] = []
+
+        def note(i: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found.append((args, kwargs))
+            shapes.append(hidden.shape)
+            if hidden.shape != shapes[0] and not self._returns_tuple:
+                self._returns_tuple = True  # the model took the first row of what it meant to be a tuple
+                raise _Stop(hidden)
+            if i == len(self.blocks) - 1:
+                raise _Stop(hidden)
+            return self._wrap(hidden)
+
+        try:
+            with self._stand_ins(note):
+                self._outside(outer, inputs)
+        except _Stop:
+            complete = len(found) == len(self.blocks) and len(set(shapes)) == 1
+            return Call(found) if complete else self.arguments(outer, inputs)
+        raise AssertionError("the model's forward did not call its blocks")
+
+
+def find_blocks(module: nn.Module, layout: ShardLayout) -> tuple[str, nn.ModuleList | None]:
+    """(name, ModuleList) of the model's repeated blocks: the list of one class that holds the most parameters."""
+    sizes = {slot.spec.name: slot.spec.numel for slot in layout}
+    best: tuple[str, nn.ModuleList | None] = ("", None)
+    best_size = 0
+    for name, candidate in module.named_modules():
+        if not isinstance(candidate, nn.ModuleList) or len(candidate) < 1:
+            continue
+        if len({type(child) for child in candidate}) != 1:
+            continue
+        size = sum(n for parameter, n in sizes.items() if parameter.startswith(f"{name}."))
+        if size > best_size:
+            best, best_size = (name, candidate), size
+    return best
