@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lmc_dist.curvature.ggn import make_ggn_product
+from lmc_dist.curvature.finite_difference import make_difference_product
+from lmc_dist.curvature.fisher import make_fisher_product
+from lmc_dist.curvature.ggn import Product, make_ggn_product
+from lmc_dist.curvature.hessian import make_hessian_product
 from lmc_dist.curvature.loss import Loss, MicroBatch, SquaredError, TokenCrossEntropy
+from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
 
 __all__ = ["HVPConfig", "Loss", "MicroBatch", "SquaredError", "TokenCrossEntropy", "hvp_apply"]
 
-MODES = ("GGN", "none")
-PLANNED_MODES = ("exact", "fd", "fisher", "diag", "low_rank", "secant")
+MODES = ("GGN", "exact", "fd", "fisher", "none")
+PLANNED_MODES = ("diag", "low_rank", "secant")
 
 
 @dataclass(frozen=True)
@@ -22,15 +27,18 @@ class HVPConfig:
     """Which curvature, and its damping.
 
     Attributes:
-        mode: `GGN`, or `none` (C = 0: first-order rollback).
+        mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `fisher` (ĝĝᵀ of the logged gradient) or `none`
+            (C = 0: first-order rollback).
         damping: λ ≥ 0; the product is (C + λI) v.
+        keep_activations: `GGN`: keep the forward graphs and the gathered parameters instead of recomputing blocks.
 
     Raises:
-        LmcError: Unknown or not yet available mode, negative damping.
+        LmcError: Unknown or not yet available mode, negative damping, an option that its mode does not have.
     """
 
     mode: str = "GGN"
     damping: float = 0.0
+    keep_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.mode in PLANNED_MODES:
@@ -39,33 +47,66 @@ class HVPConfig:
             raise LmcError(f"unknown hessian_mode '{self.mode}'; available: {', '.join(MODES)}")
         if not self.damping >= 0:
             raise LmcError(f"damping must be ≥ 0, got {self.damping}")
+        if self.keep_activations and self.mode != "GGN":
+            raise LmcError(f"keep_activations is an option of GGN, not of {self.mode}")
 
     @property
     def uses_model(self) -> bool:
-        return self.mode != "none"
+        """Whether a product runs the model, on data."""
+        return self.mode not in ("none", "fisher")
 
 
 def hvp_apply(
-    v: ShardedVector,
+    v: ShardedVector | Sequence[ShardedVector],
     config: HVPConfig,
-    module: ShardedModule,
-    loss: Loss,
-    theta: ShardedVector,
-    micro_batches: Sequence[MicroBatch],
-) -> ShardedVector:
+    module: ShardedModule | None = None,
+    loss: Loss | None = None,
+    theta: ShardedVector | None = None,
+    micro_batches: Sequence[MicroBatch] = (),
+    gradient: ShardedVector | None = None,
+) -> Any:
     """(C + λI) v with C the curvature of Σ_i weights_i ℓ_i at θ (docs/method.md §4).
 
     Args:
-        v: Direction, sharded like θ, float32 or better.
+        v: Direction, or several that share what they can; sharded like θ, float32 or better.
         config: Mode and damping.
-        module: The model on shards.
+        module: The model on shards; with `loss` and `theta` needed by the modes that run the model.
         loss: Its loss.
         theta: Where the curvature is taken.
         micro_batches: This rank's part of the batch; may be empty.
+        gradient: ĝ of the batch, for `fisher`.
 
-    Collective: all ranks of θ's group must call with the same config.
+    Returns:
+        A vector, or a list of them where a list was given.
+
+    Collective: all ranks of the group must call with the same config and number of vectors.
     """
+    vectors = [v] if isinstance(v, ShardedVector) else list(v)
+    products = make_product(config, module, loss, theta, micro_batches, gradient)(vectors)
+    if config.damping:
+        products = [c.add_(x, alpha=config.damping) for c, x in zip(products, vectors, strict=True)]
+    return products[0] if isinstance(v, ShardedVector) else products
+
+
+def make_product(
+    config: HVPConfig,
+    module: ShardedModule | None,
+    loss: Loss | None,
+    theta: ShardedVector | None,
+    micro_batches: Sequence[MicroBatch],
+    gradient: ShardedVector | None,
+) -> Product:
+    """The undamped product of a mode."""
     if config.mode == "none":
-        return v * config.damping
-    product = make_ggn_product(module, loss, theta, micro_batches)(v)
-    return product.add_(v, alpha=config.damping) if config.damping else product
+        return lambda vectors: [x * 0.0 for x in vectors]
+    if config.mode == "fisher":
+        if gradient is None:
+            raise LmcError("hessian_mode 'fisher' needs the batch gradient: pass gradient=")
+        return make_fisher_product(gradient)
+    if module is None or loss is None or theta is None:
+        raise LmcError(f"hessian_mode '{config.mode}' runs the model: pass module, loss and theta")
+    if config.mode == "GGN":
+        return make_ggn_product(module, loss, theta, micro_batches, config.keep_activations)
+    if config.mode == "exact":
+        return make_hessian_product(module, loss, theta, micro_batches)
+    return make_difference_product(lambda at: weighted_gradient(module, loss, at, micro_batches), theta)
