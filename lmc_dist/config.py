@@ -128,7 +128,8 @@ class UnlearnConfig:
     """How the correction is computed (docs/method.md).
 
     Attributes:
-        hessian_mode: Curvature of the propagation: `GGN`, or `none` (first-order rollback).
+        hessian_mode: Curvature of the propagation: `GGN`, `exact` (Hessian), `fd` (Hessian by differences of gradients),
+            `fisher` (of the logged batch gradient), or `none` (first-order rollback).
         K: Steps a source is propagated; null is all.
         damping: λ ≥ 0 added to the curvature.
         replay_head: 0 propagates at once; `all` is exact replay.
@@ -149,7 +150,8 @@ class Config:
         model_dir: Where training writes the fine-tuned model as a Hugging Face checkpoint; null does not.
         output_dir: Folder that an unlearning run writes.
         reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
-        compare: Further methods measured on the same request: `tim`, `ggn`, `replay`, separated by commas.
+        compare: Further methods measured on the same request: `tim`, `fisher`, `ggn`, `fd`, `exact`, `replay`,
+            separated by commas.
         overwrite: Replace log_dir and model_dir (training) or output_dir (unlearning) of an earlier run.
     """
 

@@ -64,6 +64,21 @@ class SGDTangent:
             else:
                 self.runs.append((slot.offset, stop, group))
 
+    def gradient(self, theta: ShardedVector, update: ShardedVector, lrs: Sequence[float]) -> ShardedVector:
+        """The gradient that the step used, from its update: g = −u/η − wθ. Local.
+
+        Raises:
+            LmcError: A learning rate of 0, which leaves no trace of the gradient.
+        """
+        out = torch.zeros_like(update.flat)
+        for start, stop, group in self.runs:
+            lr, weight_decay = lrs[group], float(self.groups[group].get("weight_decay", 0.0))
+            part = slice(start, stop)
+            if lr == 0:
+                raise LmcError("a step with learning rate 0 leaves no trace of its gradient: fisher is not available")
+            out[part] = update.flat[part] / -lr - weight_decay * theta.flat[part]
+        return update.like(out)
+
     def __call__(
         self, theta: ShardedVector, v: ShardedVector, dg: ShardedVector, lrs: Sequence[float]
     ) -> ShardedVector:

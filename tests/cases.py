@@ -34,9 +34,17 @@ def model_config(kind: str, **changes: Any) -> Any:
         gpt2 = {"n_embd": 12, "n_layer": 2, "n_head": 4, "n_positions": 32}
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return transformers.GPT2Config(**common, **gpt2, **dropout | changes)
+    if family in OTHERS:
+        kind_config = getattr(transformers, OTHERS[family])
+        experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+        # the grouped kernel of mixtures of experts has no forward mode
+        more = experts | {"experts_implementation": "eager"} if family == "qwen3moe" else {}
+        return kind_config(**common, **small | more | changes)
     raise ValueError(kind)
 
 
+OTHERS = {"mistral": "MistralConfig", "qwen2": "Qwen2Config", "gemma": "GemmaConfig", "qwen3moe": "Qwen3MoeConfig"}
+OTHER_MODELS = ["mistral-untied", "qwen2-tied", "gemma-tied", "qwen3moe-untied"]
 MODELS = ["llama-tied", "llama-untied", "gpt2-tied", "gpt2-untied", "qwen3-tied", "qwen3-untied"]
 
 

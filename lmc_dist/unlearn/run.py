@@ -42,7 +42,10 @@ EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotte
 # What a method is called in tables, and its settings: hessian_mode and replay_head.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "tim": ("first-order rollback (TIM)", {"hessian_mode": "none", "replay_head": 0, "damping": 0.0}),
+    "fisher": ("LMCleaner, fisher", {"hessian_mode": "fisher", "replay_head": 0}),
     "ggn": ("LMCleaner, GGN", {"hessian_mode": "GGN", "replay_head": 0}),
+    "fd": ("LMCleaner, fd", {"hessian_mode": "fd", "replay_head": 0}),
+    "exact": ("LMCleaner, exact", {"hessian_mode": "exact", "replay_head": 0}),
     "replay": ("exact replay", {"replay_head": "all"}),
 }
 
@@ -128,7 +131,8 @@ class UnlearningRun:
             "replay_head": unlearn.replay_head,
             "damping": unlearn.damping,
         }
-        name = "replay" if unlearn.replay_head == "all" else {"none": "tim", "GGN": "ggn"}[unlearn.hessian_mode]
+        names = {settings.get("hessian_mode"): name for name, (_, settings) in METHODS.items()}
+        name = "replay" if unlearn.replay_head == "all" else names[unlearn.hessian_mode]
         compared = [(other, {"damping": unlearn.damping, **METHODS[other][1]}) for other in self._compared()]
         return [(name, own), *((other, settings) for other, settings in compared if other != name)]
 
@@ -156,7 +160,7 @@ class UnlearningRun:
                 return MethodResult(name, label, correction, time.perf_counter() - started, certificate)
             else:
                 hvp = HVPConfig(settings["hessian_mode"], settings["damping"])
-                label += f", K={'all' if K is None else K}" if name == "ggn" or K is not None else ""
+                label += f", K={'all' if K is None else K}" if name != "tim" or K is not None else ""
                 label += f", λ={hvp.damping:g}" if hvp.damping else ""
                 correction = compute_correction(
                     self.log, self.module, self.batches, self.request, hvp, K, progress=progress

@@ -121,11 +121,12 @@ class _Sweep:
             edited = edit_step(
                 record, self.counterfactual, trajectory.manifest.loss_normalization, self.batches.num_targets
             )
+            before = theta.clone()
+            update = trajectory.advance(theta, step)
             injected = None
             if record.applied and not edited.skipped:
-                injected = self._propagate(step, theta, edited)
+                injected = self._propagate(step, before, edited, update)
             self._measure(step)
-            update = trajectory.advance(theta, step)
             if record.applied and edited.skipped:
                 injected = update * -1.0
             if injected is not None:
@@ -143,18 +144,22 @@ class _Sweep:
             )
         return SweepResult(self.total, tuple(self.done), self.cost)
 
-    def _propagate(self, step: int, theta: ShardedVector, edited: EditedStep) -> ShardedVector | None:
+    def _propagate(
+        self, step: int, theta: ShardedVector, edited: EditedStep, update: ShardedVector
+    ) -> ShardedVector | None:
         """Carries the windows through the step; returns what the step's own source adds."""
         lrs = edited.record.lr
         active = [window for window in self.windows if step <= window.last_step]
-        micros = micro_batches(edited, self.batches, self.module, "kept") if active and self.config.uses_model else []
-        for window in active:
-            dg = hvp_apply(window.v, self.config, self.module, self.loss, theta, micros)
-            window.v = self.tangent(theta, window.v, dg, lrs)
-            window.steps += 1
-            if self.config.uses_model:
-                window.hvp_calls += 1
-                self.cost += GRADIENTS_PER_PRODUCT[self.config.mode] * share(edited, "kept")
+        if active:
+            micros = micro_batches(edited, self.batches, self.module, "kept") if self.config.uses_model else []
+            gradient = self.tangent.gradient(theta, update, lrs) if self.config.mode == "fisher" else None
+            vectors = [window.v for window in active]
+            products = hvp_apply(vectors, self.config, self.module, self.loss, theta, micros, gradient)
+            for window, dg in zip(active, products, strict=True):
+                window.v = self.tangent(theta, window.v, dg, lrs)
+                window.steps += 1
+                window.hvp_calls += self.config.mode != "none"
+            self.cost += len(active) * GRADIENTS_PER_PRODUCT[self.config.mode] * share(edited, "kept")
         if not edited.is_changed:
             return None
         b = source(edited, theta, self.batches, self.module, self.loss)
