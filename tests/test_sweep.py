@@ -143,6 +143,25 @@ def test_windows_as_long_as_the_run_equal_the_joint_sweep(ranks: Any) -> None:
         assert max(errors.values()) <= 1e-10, errors
 
 
+def check_modes() -> dict[str, float]:
+    """rel_error of every mode on a quadratic: the Hessian is the GGN there, and the rank-one Fisher is neither."""
+    module = linear_module()
+    log, trained = train(module, None)
+    request = REQUESTS["20 %, renormalize"]
+    _, retrained = train(module, request)
+    errors = {}
+    for mode in ("none", "fisher", "GGN", "exact", "fd"):
+        v = compute_correction(log, module, Regression(), request, HVPConfig(mode), loss=SquaredError()).v
+        errors[mode] = (trained + v - retrained).norm() / (trained - retrained).norm()
+    return errors
+
+
+def test_modes_on_a_quadratic(ranks: Any) -> None:
+    for errors in ranks(2).run(check_modes):
+        assert errors["GGN"] <= 1e-10 and errors["exact"] <= 1e-10 and errors["fd"] <= 1e-8, errors
+        assert 0.05 < errors["none"] and 0.05 < errors["fisher"] < 10, errors
+
+
 def check_truncation() -> None:
     module = linear_module()
     log, _ = train(module, None)

@@ -30,7 +30,7 @@ class HVPConfig:
         mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `fisher` (ĝĝᵀ of the logged gradient) or `none`
             (C = 0: first-order rollback).
         damping: λ ≥ 0; the product is (C + λI) v.
-        keep_activations: `GGN`: keep the forward graphs and the gathered parameters instead of recomputing blocks.
+        keep_activations: `GGN`, `fd`: keep the forward graphs and the gathered parameters instead of recomputing blocks.
 
     Raises:
         LmcError: Unknown or not yet available mode, negative damping, an option that its mode does not have.
@@ -47,8 +47,8 @@ class HVPConfig:
             raise LmcError(f"unknown hessian_mode '{self.mode}'; available: {', '.join(MODES)}")
         if not self.damping >= 0:
             raise LmcError(f"damping must be ≥ 0, got {self.damping}")
-        if self.keep_activations and self.mode != "GGN":
-            raise LmcError(f"keep_activations is an option of GGN, not of {self.mode}")
+        if self.keep_activations and self.mode not in ("GGN", "fd"):
+            raise LmcError(f"keep_activations is an option of GGN and fd, not of {self.mode}")
 
     @property
     def uses_model(self) -> bool:
@@ -109,4 +109,5 @@ def make_product(
         return make_ggn_product(module, loss, theta, micro_batches, config.keep_activations)
     if config.mode == "exact":
         return make_hessian_product(module, loss, theta, micro_batches)
-    return make_difference_product(lambda at: weighted_gradient(module, loss, at, micro_batches), theta)
+    keep = config.keep_activations
+    return make_difference_product(lambda at: weighted_gradient(module, loss, at, micro_batches, keep), theta)

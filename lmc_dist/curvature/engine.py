@@ -125,15 +125,21 @@ class ProductEngine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, (m, ...) tangents) of `function(full, hidden)`; keeps the primal's graph where leaves require grad."""
         m = full_tangents.shape[0]
-        if m > 1 and not full.requires_grad and not self._random:
-            primals = (full,) if hidden is None else (full, hidden)
+        if m > 1 and not self._random:
+            # All tangents in one vectorised pass; where the primal needs a graph, it is run once more for it.
+            primals = (full.detach(),) if hidden is None else (full.detach(), hidden.detach())
             tangents = (full_tangents,) if hidden is None else (full_tangents, hidden_tangents)
 
             def call(*args: torch.Tensor) -> torch.Tensor:
                 return function(args[0], args[1] if len(args) > 1 else None)
 
-            output = function(full, hidden)
-            return output, vmap(lambda *t: jvp(call, primals, t)[1])(*tangents)
+            def with_primal(*directions: torch.Tensor) -> Any:
+                return jvp(call, primals, directions)
+
+            with torch.no_grad():
+                out_dims: Any = (None, 0)  # the primal is not batched
+                output, moved = vmap(with_primal, out_dims=out_dims)(*tangents)
+            return function(full, hidden) if full.requires_grad else output, moved
         outputs = []
         for k in range(m):
             restore()
@@ -300,13 +306,7 @@ class ProductEngine:
             return
         restore = lambda: self._randomness(state, place)  # noqa: E731
         with differentiable_kernels(self.module.module):
-            if m == 1:
-                out, out_tangents = self._jvp(outputs, leaf, hidden, outer_tangents, tangents, restore)
-            else:
-                out = outputs(leaf, hidden)
-                with torch.no_grad():
-                    plain = None if hidden is None else hidden.detach()
-                    _, out_tangents = self._jvp(outputs, leaf.detach(), plain, outer_tangents, tangents, restore)
+            out, out_tangents = self._jvp(outputs, leaf, hidden, outer_tangents, tangents, restore)
         back = []
         for k in range(m):
             cotangent = self.loss.hessian_product(out.detach(), out_tangents[k].detach(), state.micro)

@@ -13,10 +13,17 @@ from lmc_dist.shards.vector import ShardedVector
 
 
 def weighted_gradient(
-    module: ShardedModule, loss: Loss, theta: ShardedVector, micro_batches: Sequence[MicroBatch]
+    module: ShardedModule,
+    loss: Loss,
+    theta: ShardedVector,
+    micro_batches: Sequence[MicroBatch],
+    keep: bool = False,
 ) -> ShardedVector:
-    """∇ Σ_i weights_i ℓ_i(θ) over the micro-batches of all ranks; sharded like θ. Collective."""
-    return ProductEngine(module, loss, theta, micro_batches).run([], second_order=False)[0]
+    """∇ Σ_i weights_i ℓ_i(θ) over the micro-batches of all ranks; sharded like θ. Collective.
+
+    `keep` holds the forward graphs and the gathered parameters instead of recomputing each block.
+    """
+    return ProductEngine(module, loss, theta, micro_batches, keep).run([], second_order=False)[0]
 
 
 @torch.no_grad()

@@ -1,0 +1,126 @@
+"""What a product holds and moves: live bytes by depth, and the collectives' payload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import model_config, token_batch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lmc_dist.curvature import HVPConfig, MicroBatch, TokenCrossEntropy, hvp_apply
+from lmc_dist.curvature.products import weighted_gradient
+from lmc_dist.shards.gather import count_traffic
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.module import ShardedModule, build_skeleton
+from lmc_dist.shards.vector import ShardedVector
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of the bytes in tensors that were made or looked at inside the block and are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+SAMPLES, LENGTH, HIDDEN = 4, 24, 12
+
+
+def setup(layers: int, blocked: bool = True) -> tuple[ShardedModule, ShardedVector, list[MicroBatch]]:
+    skeleton = build_skeleton(model_config("llama-tied", num_hidden_layers=layers))
+    layout = ShardLayout.of_module(skeleton)
+    module = ShardedModule(skeleton, layout, blocked=blocked)
+    generator = torch.Generator().manual_seed(layout.rank)
+    theta = ShardedVector.zeros(layout)
+    for _, shard in theta.items():
+        shard.copy_(torch.randn(shard.shape, generator=generator) * 0.1)
+    ids, labels, weights = token_batch(layout.rank, SAMPLES, LENGTH)
+    return module, theta, [MicroBatch({"input_ids": ids}, labels, weights)]
+
+
+def peak(layers: int, mode: str, blocked: bool = True) -> int:
+    module, theta, micros = setup(layers, blocked)
+    v = theta * 0.5
+    with LiveBytes() as live:
+        if mode == "gradient":
+            weighted_gradient(module, TokenCrossEntropy(), theta, micros)
+        else:
+            hvp_apply(v, HVPConfig(mode), module, TokenCrossEntropy(), theta, micros)
+    return live.peak
+
+
+@pytest.mark.parametrize("mode", ["gradient", "GGN", "exact"])
+def test_memory_grows_with_depth_by_boundaries_only(mode: str) -> None:
+    """From 8 to 16 layers: own shards of the vectors held and the blocks' inputs (with tangents, for the Hessian)."""
+    block = 2 * 12 * 16 + 2 * 12 * 8 + 3 * 12 * 20 + 2 * 12  # parameters of a layer
+    layout = ShardLayout.of_module(build_skeleton(model_config("llama-tied", num_hidden_layers=1)))
+    assert sum(s.spec.numel for s in layout if ".layers.0." in s.spec.name) == block
+    boundary = SAMPLES * LENGTH * HIDDEN * (2 if mode == "exact" else 1)
+    vectors = 2 if mode == "gradient" else 3  # θ, v and the result
+    growth = peak(16, mode) - peak(8, mode)
+    assert growth <= 1.01 * 8 * 4 * (vectors * block + boundary)
+    assert peak(16, mode) < 0.5 * peak(16, mode, blocked=False)
+
+
+def traffic_job() -> dict[str, tuple[float, float]]:
+    """(gathered, reduced) of each product in units of the padded model."""
+    module, theta, micros = setup(layers=3)
+    total = theta.layout.flat_numel * theta.layout.world_size
+    outer = module.segments.outer.numel * theta.layout.world_size / total
+    found = {"outer": (outer, 0.0)}
+    v = theta * 0.5
+
+    def count(name: str, call: Any) -> None:
+        with count_traffic() as counter:
+            call()
+        found[name] = (counter.gathered / total, counter.reduced / total)
+
+    loss = TokenCrossEntropy()
+    count("gradient", lambda: weighted_gradient(module, loss, theta, micros))
+    count("no data here", lambda: weighted_gradient(module, loss, theta, micros if theta.layout.rank else []))
+    count("gradient, kept", lambda: weighted_gradient(module, loss, theta, micros, keep=True))
+    for m in (1, 3):
+        count(f"GGN, {m}", lambda m=m: hvp_apply([v] * m, HVPConfig("GGN"), module, loss, theta, micros))
+        count(f"exact, {m}", lambda m=m: hvp_apply([v] * m, HVPConfig("exact"), module, loss, theta, micros))
+    keep = HVPConfig("GGN", keep_activations=True)
+    count("GGN kept, 1", lambda: hvp_apply(v, keep, module, loss, theta, micros))
+    count("fisher", lambda: hvp_apply(v, HVPConfig("fisher"), gradient=v))
+    return found
+
+
+def test_collectives_move_what_zero3_needs_and_no_more(ranks: Any) -> None:
+    """p = the model, o = its outside (embedding, norm, head), gathered once; blocks are gathered again going back.
+
+    A gradient under ZeRO-3 needs 2 gathers and 1 reduce-scatter of p. A product of m vectors gathers each tangent once
+    and reduces m results; the Hessian also needs tangents of the parameters on the way back.
+    """
+    for found in ranks(2).run(traffic_job):
+        o = found["outer"][0]
+        expected = {
+            "gradient": (2 - o, 1),
+            "no data here": (2 - o, 1),
+            "gradient, kept": (1, 1),
+            "GGN, 1": (3 - o, 1),
+            "GGN, 3": (5 - o, 3),
+            "GGN kept, 1": (2, 1),
+            "exact, 1": (4 - 2 * o, 1),
+            "exact, 3": (8 - 4 * o, 3),
+            "fisher": (0, 0),
+        }
+        for name, (gathered, reduced) in expected.items():
+            assert found[name] == pytest.approx((gathered, reduced), abs=1e-9), name
