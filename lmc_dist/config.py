@@ -129,13 +129,16 @@ class UnlearnConfig:
 
     Attributes:
         hessian_mode: Curvature of the propagation: `GGN`, `exact` (Hessian), `fd` (Hessian by differences of gradients),
-            `fisher` (of the logged batch gradient), or `none` (first-order rollback).
+            `fisher` (of the logged batch gradient), `diag` (estimated diagonal of the GGN), or `none` (first-order
+            rollback).
+        probes: `diag`: products behind each step's estimate.
         K: Steps a source is propagated; null is all.
         damping: λ ≥ 0 added to the curvature.
         replay_head: 0 propagates at once; `all` is exact replay.
     """
 
     hessian_mode: str = "GGN"
+    probes: int = 8
     K: int | None = None
     damping: float = 0.0
     replay_head: int | Literal["all"] = 0
@@ -150,7 +153,7 @@ class Config:
         model_dir: Where training writes the fine-tuned model as a Hugging Face checkpoint; null does not.
         output_dir: Folder that an unlearning run writes.
         reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
-        compare: Further methods measured on the same request: `tim`, `fisher`, `ggn`, `fd`, `exact`, `replay`,
+        compare: Further methods measured on the same request: `tim`, `fisher`, `diag`, `ggn`, `fd`, `exact`, `replay`,
             separated by commas.
         overwrite: Replace log_dir and model_dir (training) or output_dir (unlearning) of an earlier run.
     """

@@ -168,7 +168,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "bad ids": ({"forget": ForgetConfig(samples="3,x")}, "x"),
     "samples skipped": ({"forget": ForgetConfig(samples="3", counterfactual="skip")}, "'skip' forgets whole batches"),
     "K < 0": ({"unlearn": UnlearnConfig(K=-1)}, "unlearn.K must be ≥ 0 or null, got -1"),
-    "planned mode": ({"unlearn": UnlearnConfig(hessian_mode="diag")}, "'diag' is not available yet"),
+    "planned mode": ({"unlearn": UnlearnConfig(hessian_mode="low_rank")}, "'low_rank' is not available yet"),
     "replay head": ({"unlearn": UnlearnConfig(replay_head=5)}, "replay_head=5 is not available yet"),
     "damping < 0": ({"unlearn": UnlearnConfig(damping=-0.1)}, "damping must be ≥ 0"),
     "other model": ({"model": ModelConfig(config=GPT2, vocab_size=300)}, r"the model is not the logged one: .*gpt2"),

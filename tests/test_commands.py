@@ -104,6 +104,7 @@ def check_table(rows: list[dict[str, Any]], ggn_below: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_make_demo(tmp_path: Path) -> None:
     started = time.perf_counter()
     shown = run([sys.executable, "-m", "lmc_dist.demo", "--output", str(tmp_path / "demo")]).stdout
@@ -156,6 +157,7 @@ def test_every_readme_command_is_run_by_a_test() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_tofu_as_in_the_readme(tmp_path: Path, test_data: Path) -> None:
     """The README's two TOFU commands, forget01 against a retrain; the other requests are in bench/tofu.py."""
     commands = [c for c in readme_commands() if c.startswith("deepspeed") and "configs/tofu.yaml" in c]

@@ -150,8 +150,9 @@ def check_modes() -> dict[str, float]:
     request = REQUESTS["20 %, renormalize"]
     _, retrained = train(module, request)
     errors = {}
-    for mode in ("none", "fisher", "GGN", "exact", "fd"):
-        v = compute_correction(log, module, Regression(), request, HVPConfig(mode), loss=SquaredError()).v
+    for mode in ("none", "fisher", "diag", "GGN", "exact", "fd"):
+        config = HVPConfig(mode, probes=64)
+        v = compute_correction(log, module, Regression(), request, config, loss=SquaredError()).v
         errors[mode] = (trained + v - retrained).norm() / (trained - retrained).norm()
     return errors
 
@@ -159,6 +160,7 @@ def check_modes() -> dict[str, float]:
 def test_modes_on_a_quadratic(ranks: Any) -> None:
     for errors in ranks(2).run(check_modes):
         assert errors["GGN"] <= 1e-10 and errors["exact"] <= 1e-10 and errors["fd"] <= 1e-8, errors
+        assert errors["GGN"] < errors["diag"] < errors["none"], errors
         assert errors["none"] > 0.05 and 0.05 < errors["fisher"] < 10, errors
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lmc_dist.curvature.diagonal import estimate_diagonal, make_diagonal_product
 from lmc_dist.curvature.finite_difference import make_difference_product
 from lmc_dist.curvature.fisher import make_fisher_product
 from lmc_dist.curvature.ggn import Product, make_ggn_product
@@ -18,8 +19,8 @@ from lmc_dist.shards.vector import ShardedVector
 
 __all__ = ["HVPConfig", "Loss", "MicroBatch", "SquaredError", "TokenCrossEntropy", "hvp_apply"]
 
-MODES = ("GGN", "exact", "fd", "fisher", "none")
-PLANNED_MODES = ("diag", "low_rank", "secant")
+MODES = ("GGN", "exact", "fd", "fisher", "diag", "none")
+PLANNED_MODES = ("low_rank", "secant")
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class HVPConfig:
     """Which curvature, and its damping.
 
     Attributes:
-        mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `fisher` (ĝĝᵀ of the logged gradient) or `none`
-            (C = 0: first-order rollback).
+        mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `fisher` (ĝĝᵀ of the logged gradient), `diag`
+            (Hutchinson estimate of the GGN's diagonal) or `none` (C = 0: first-order rollback).
         damping: λ ≥ 0; the product is (C + λI) v.
         keep_activations: `GGN`, `fd`: keep the forward graphs and the gathered parameters instead of recomputing blocks.
+        probes: `diag`: GGN products behind an estimate; curvature/diagonal.py gives its standard error.
 
     Raises:
         LmcError: Unknown or not yet available mode, negative damping, an option that its mode does not have.
@@ -39,6 +41,7 @@ class HVPConfig:
     mode: str = "GGN"
     damping: float = 0.0
     keep_activations: bool = False
+    probes: int = 8
 
     def __post_init__(self) -> None:
         if self.mode in PLANNED_MODES:
@@ -47,6 +50,8 @@ class HVPConfig:
             raise LmcError(f"unknown hessian_mode '{self.mode}'; available: {', '.join(MODES)}")
         if not self.damping >= 0:
             raise LmcError(f"damping must be ≥ 0, got {self.damping}")
+        if self.probes < 1:
+            raise LmcError(f"probes must be at least 1, got {self.probes}")
         if self.keep_activations and self.mode not in ("GGN", "fd"):
             raise LmcError(f"keep_activations is an option of GGN and fd, not of {self.mode}")
 
@@ -107,6 +112,9 @@ def make_product(
         raise LmcError(f"hessian_mode '{config.mode}' runs the model: pass module, loss and theta")
     if config.mode == "GGN":
         return make_ggn_product(module, loss, theta, micro_batches, config.keep_activations)
+    if config.mode == "diag":
+        ggn = make_ggn_product(module, loss, theta, micro_batches)
+        return make_diagonal_product(estimate_diagonal(ggn, theta, config.probes))
     if config.mode == "exact":
         return make_hessian_product(module, loss, theta, micro_batches)
     keep = config.keep_activations

@@ -43,6 +43,7 @@ EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotte
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "tim": ("first-order rollback (TIM)", {"hessian_mode": "none", "replay_head": 0, "damping": 0.0}),
     "fisher": ("LMCleaner, fisher", {"hessian_mode": "fisher", "replay_head": 0}),
+    "diag": ("LMCleaner, diag", {"hessian_mode": "diag", "replay_head": 0}),
     "ggn": ("LMCleaner, GGN", {"hessian_mode": "GGN", "replay_head": 0}),
     "fd": ("LMCleaner, fd", {"hessian_mode": "fd", "replay_head": 0}),
     "exact": ("LMCleaner, exact", {"hessian_mode": "exact", "replay_head": 0}),
@@ -101,7 +102,7 @@ class UnlearningRun:
             raise LmcError(f"unlearn.K must be ≥ 0 or null, got {unlearn.K}")
         if unlearn.replay_head not in (0, "all"):
             raise LmcError(f"replay_head={unlearn.replay_head} is not available yet; available: 0, all")
-        HVPConfig(unlearn.hessian_mode, unlearn.damping)
+        HVPConfig(unlearn.hessian_mode, unlearn.damping, probes=unlearn.probes)
         if unknown := [name for name in self._compared() if name not in METHODS]:
             raise LmcError(f"compare: unknown method '{unknown[0]}'; available: {', '.join(METHODS)}")
         if self.config.reference == "retrain":
@@ -159,7 +160,7 @@ class UnlearningRun:
                 correction, certificate = self._replay(theta, progress)
                 return MethodResult(name, label, correction, time.perf_counter() - started, certificate)
             else:
-                hvp = HVPConfig(settings["hessian_mode"], settings["damping"])
+                hvp = HVPConfig(settings["hessian_mode"], settings["damping"], probes=self.config.unlearn.probes)
                 label += f", K={'all' if K is None else K}" if name != "tim" or K is not None else ""
                 label += f", λ={hvp.damping:g}" if hvp.damping else ""
                 correction = compute_correction(

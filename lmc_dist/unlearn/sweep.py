@@ -25,7 +25,7 @@ from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
 from lmc_dist.trajectory.record import Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
-from lmc_dist.unlearn.plan import GRADIENTS_PER_PRODUCT
+from lmc_dist.unlearn.plan import gradients_per_step
 from lmc_dist.unlearn.source import micro_batches, share, source
 from lmc_dist.update_rules import SGDTangent
 
@@ -159,7 +159,7 @@ class _Sweep:
                 window.v = self.tangent(theta, window.v, dg, lrs)
                 window.steps += 1
                 window.hvp_calls += self.config.mode != "none"
-            self.cost += len(active) * GRADIENTS_PER_PRODUCT[self.config.mode] * share(edited, "kept")
+            self.cost += gradients_per_step(self.config, len(active)) * share(edited, "kept")
         if not edited.is_changed:
             return None
         b = source(edited, theta, self.batches, self.module, self.loss)
