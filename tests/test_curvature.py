@@ -145,6 +145,45 @@ def test_products_equal_dense_matrices_on_1_to_4_ranks(ranks: Any, kind: str) ->
                 assert max(errors.values()) <= 1e-12, (world_size, blocked, errors)
 
 
+def check_dropout() -> dict[str, float]:
+    """Two passes on this rank with dropout: every way to compute a product must draw the same masks."""
+    config = model_config("gpt2-tied", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    ids, labels, weights = token_batch(3, SAMPLES)
+    results: dict[str, Any] = {}
+    for blocked in (False, True):
+        skeleton = build_skeleton(config).double()
+        module = ShardedModule(skeleton, ShardLayout.of_module(skeleton), blocked=blocked)
+        full = random_full(module.layout, 8) * 0.3
+        theta, vectors = (
+            shard_of(module.layout, full),
+            [shard_of(module.layout, random_full(module.layout, s)) for s in SEEDS],
+        )
+        micros = [
+            MicroBatch({"input_ids": ids[a:b]}, labels[a:b], weights[a:b], torch.Generator().manual_seed(a).get_state())
+            for a, b in MICROS[:2]
+        ]
+        before = torch.get_rng_state()
+        with KeepDouble():
+            loss = TokenCrossEntropy()
+            results[f"gradient {blocked}"] = [weighted_gradient(module, loss, theta, micros)]
+            for mode, keep in (("GGN", False), ("GGN", True), ("exact", False)):
+                hvp = HVPConfig(mode, keep_activations=keep)
+                results[f"{mode} {keep} {blocked}"] = hvp_apply(vectors, hvp, module, loss, theta, micros)
+                results[f"{mode} {keep} {blocked}, one"] = [hvp_apply(vectors[0], hvp, module, loss, theta, micros)]
+        assert torch.equal(before, torch.get_rng_state())  # the program's own random numbers are left alone
+    errors = {}
+    for name, got in results.items():
+        kind = name.split()[0]
+        reference = results["gradient False"] if kind == "gradient" else results[f"{kind} False False"]
+        errors[name] = max((a - b).norm() / b.norm() for a, b in zip(got, reference, strict=False))
+    return errors
+
+
+def test_products_draw_the_same_dropout_however_they_are_computed(ranks: Any) -> None:
+    for errors in ranks(2).run(check_dropout):
+        assert max(errors.values()) <= 1e-12, errors
+
+
 @pytest.mark.parametrize("mode", ["low_rank", "secant"])
 def test_planned_modes_say_so(mode: str) -> None:
     with pytest.raises(LmcError, match="not available yet"):

@@ -25,7 +25,7 @@ from torch.func import jvp, vmap
 from lmc_dist.curvature.kernels import differentiable_kernels
 from lmc_dist.curvature.loss import Loss, MicroBatch
 from lmc_dist.shards.gather import PendingGather, reduce_scatter
-from lmc_dist.shards.module import ShardedModule, plain_linear, set_rng_state
+from lmc_dist.shards.module import ShardedModule, get_rng_state, plain_linear, set_rng_state
 from lmc_dist.shards.segments import Call, Segment
 from lmc_dist.shards.vector import ShardedVector
 
@@ -103,16 +103,18 @@ class ProductEngine:
         blocks = self.segments.block_segments
         return _Stream([lambda i=i: self._local(blocks[i], vectors) for i in order], self.module)  # type: ignore[misc]
 
-    def _randomness(self, state: _State, place: int) -> Any:
-        """Dropout of segment `place` as when it was first run; its state is noted then."""
-        if state.micro.rng_state is None:
-            return nullcontext()
-        if place == len(state.rng):
-            state.rng.append(
-                torch.get_rng_state() if self.device.type == "cpu" else torch.cuda.get_rng_state(self.device)
-            )
-        set_rng_state(state.rng[place], self.device)
-        return nullcontext()
+    def _restore(self, state: _State, place: int) -> None:
+        """Random numbers of segment `place` of this micro-batch as training drew them."""
+        if state.rng:
+            set_rng_state(state.rng[place], self.device)
+
+    def _note(self, state: _State, place: int) -> None:
+        """After segment `place` ran for the first time: the next segment goes on from here.
+
+        Micro-batches take turns in each segment, so each keeps its own place in its own random numbers.
+        """
+        if state.rng and len(state.rng) == place + 1:
+            state.rng.append(get_rng_state(self.device))
 
     def _jvp(
         self,
@@ -175,7 +177,9 @@ class ProductEngine:
         outer = PendingGather(self._local(self.segments.outer, vectors), self.module.layout.group).wait()
         outer_full, outer_tangents = outer[0].detach(), outer[1:]
         outer_total = torch.zeros(max(m, 1), *outer_full.shape, dtype=self.dtype, device=self.device)
-        states = [_State(micro) for micro in self.micro_batches]
+        states = [
+            _State(micro, rng=[] if micro.rng_state is None else [micro.rng_state]) for micro in self.micro_batches
+        ]
 
         self._forward(states, outer_full, outer_tangents, vectors, second_order)
         for state in states:
@@ -199,28 +203,24 @@ class ProductEngine:
         """Boundaries of all blocks, with tangents."""
         n, m = len(self.segments.blocks), len(vectors)
         if not n:
-            for state in states:
-                if state.micro.rng_state is not None:
-                    set_rng_state(state.micro.rng_state, self.device)
             return
         stream = self._stream(range(n), vectors)
         kernels = differentiable_kernels(self.module.module) if m else nullcontext()
         with kernels, torch.no_grad():
             for state in states:
                 state.call = self.segments.arguments(outer, state.micro.inputs)
-                if state.micro.rng_state is not None:
-                    set_rng_state(state.micro.rng_state, self.device)
-                self._randomness(state, 0)
+                self._restore(state, 0)
 
                 def prefix(full: torch.Tensor, _: Any, state: _State = state) -> torch.Tensor:
                     return self.segments.prefix(full, state.micro.inputs)
 
                 if m:
-                    restore = lambda state=state: self._randomness(state, 0)  # noqa: E731
+                    restore = lambda state=state: self._restore(state, 0)  # noqa: E731
                     hidden, tangent = self._jvp(prefix, outer, None, outer_tangents, None, restore)
                     state.tangents.append(tangent)
                 else:
                     hidden = prefix(outer, None)
+                self._note(state, 0)
                 state.boundaries.append(hidden.detach())
         for i in range(n):
             gathered = stream.next()
@@ -241,17 +241,18 @@ class ProductEngine:
             assert state.call is not None and h is not None
             return self.segments.block(i, f, h, state.call)
 
-        self._randomness(state, i + 1)
+        self._restore(state, i + 1)
         kernels = differentiable_kernels(self.module.module) if m else nullcontext()
         with kernels, torch.enable_grad() if keep else torch.no_grad():
             if m:
-                restore = lambda: self._randomness(state, i + 1)  # noqa: E731
+                restore = lambda: self._restore(state, i + 1)  # noqa: E731
                 output, tangent = self._jvp(block, full, hidden, full_tangents, state.tangents[i], restore)
                 state.tangents.append(tangent)
                 if not second_order:
                     state.tangents[i] = torch.empty(0)  # a Gauss-Newton product looks at the last tangent only
             else:
                 output = block(full, hidden)
+        self._note(state, i + 1)
         if keep:
             state.graphs.append((output, hidden, full))
         state.boundaries.append(output.detach())
@@ -279,7 +280,7 @@ class ProductEngine:
             return torch.autograd.grad(value, [f] if h is None else [f, h], create_graph=second_order)
 
         place = n + 1 if n else 0
-        self._randomness(state, place)
+        self._restore(state, place)
         if not m:
             grads = gradients(leaf, hidden)
             total[0] += grads[0]
@@ -290,7 +291,7 @@ class ProductEngine:
             rows, cotangents = [], []
             with differentiable_kernels(self.module.module, second_order=True):
                 for k in range(m):
-                    self._randomness(state, place)
+                    self._restore(state, place)
                     with fwAD.dual_level():
                         f = fwAD.make_dual(leaf, outer_tangents[k])
                         h = None if hidden is None else fwAD.make_dual(hidden, tangents[k])  # type: ignore[index]
@@ -304,7 +305,7 @@ class ProductEngine:
                 state.cotangents = rows[0][1].primal.detach()[None]
                 state.cotangent_tangents = torch.stack(cotangents)
             return
-        restore = lambda: self._randomness(state, place)  # noqa: E731
+        restore = lambda: self._restore(state, place)  # noqa: E731
         with differentiable_kernels(self.module.module):
             out, out_tangents = self._jvp(outputs, leaf, hidden, outer_tangents, tangents, restore)
         back = []
@@ -345,10 +346,13 @@ class ProductEngine:
             output, hidden, leaf = state.graphs[i]
             state.graphs[i] = ()
         else:
-            self._randomness(state, i + 1)
+            self._restore(state, i + 1)
             leaf = full.detach().requires_grad_()
             hidden = state.boundaries[i].detach().requires_grad_()
-            output = self.segments.block(i, leaf, hidden, state.call)
+            # Attention's dropout must be drawn by the kernel that drew it going forward.
+            kernels = differentiable_kernels(self.module.module) if state.rng else nullcontext()
+            with kernels:
+                output = self.segments.block(i, leaf, hidden, state.call)
         back = []
         count = len(state.cotangents)
         for k in range(count):
@@ -365,7 +369,7 @@ class ProductEngine:
         primal, back = None, []
         with differentiable_kernels(self.module.module, second_order=True):
             for k in range(len(full_tangents)):
-                self._randomness(state, i + 1)
+                self._restore(state, i + 1)
                 with fwAD.dual_level():
                     f = fwAD.make_dual(full.detach().requires_grad_(), full_tangents[k])
                     h = fwAD.make_dual(state.boundaries[i].detach().requires_grad_(), state.tangents[i][k])
@@ -390,7 +394,7 @@ class ProductEngine:
         """Back through the prefix: the outside's remaining part."""
         assert state.cotangents is not None
         if not second_order:
-            self._randomness(state, 0)
+            self._restore(state, 0)
             leaf = outer.detach().requires_grad_()
             hidden = self.segments.prefix(leaf, state.micro.inputs)
             count = len(state.cotangents)
@@ -400,7 +404,7 @@ class ProductEngine:
         assert state.cotangent_tangents is not None
         with differentiable_kernels(self.module.module, second_order=True):
             for k in range(len(outer_tangents)):
-                self._randomness(state, 0)
+                self._restore(state, 0)
                 with fwAD.dual_level():
                     f = fwAD.make_dual(outer.detach().requires_grad_(), outer_tangents[k])
                     c = fwAD.make_dual(state.cotangents[0], state.cotangent_tangents[k])
