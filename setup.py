@@ -24,9 +24,7 @@ INSTALL_REQUIRES = [
     # dataclass options and their help texts: the `signatures` extra brings docstring-parser
     "jsonargparse[signatures]>=4.40",
     "pyyaml",
-    "rich",
     "tqdm",
-    "wandb",
     # torch's C++ extension loader, which DeepSpeed's JIT-built operators go through, imports it
     "setuptools",
 ]
@@ -56,7 +54,7 @@ EXTRAS_REQUIRE = {
 setup(
     name="lmc_dist",
     version="0.1.0",
-    description="Machine unlearning for language models trained with DeepSpeed ZeRO-3 or FSDP2",
+    description="Machine unlearning for language models trained with DeepSpeed ZeRO-3",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="lmc_dist authors",

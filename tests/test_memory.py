@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmc_dist.curvature import HVPConfig, MicroBatch, TokenCrossEntropy, hvp_apply
-from lmc_dist.curvature.products import weighted_gradient
+from lmc_dist.curvature.products import summed_loss, weighted_gradient
 from lmc_dist.shards.gather import count_traffic
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule, build_skeleton
@@ -75,6 +75,27 @@ def test_memory_grows_with_depth_by_boundaries_only(mode: str) -> None:
     growth = peak(16, mode) - peak(8, mode)
     assert growth <= 1.01 * 8 * 4 * (vectors * block + boundary)
     assert peak(16, mode) < 0.5 * peak(16, mode, blocked=False)
+
+
+def check_evaluation() -> None:
+    """Summed losses, block by block, against the loss of the gradient's own forward."""
+    for layers in (1, 3):
+        module, theta, micros = setup(layers)
+        for micro in micros:
+            micro.weights = torch.ones_like(micro.weights)
+        total, count = summed_loss(module, TokenCrossEntropy(), theta, micros)
+        whole, _, _ = setup(layers, blocked=False)
+        other, _ = summed_loss(whole, TokenCrossEntropy(), theta, micros)
+        value = TokenCrossEntropy().value(whole(theta.flat, **micros[0].inputs).logits, micros[0]).double()
+        torch.distributed.all_reduce(value)
+        assert total == pytest.approx(float(value), rel=1e-6) and total == pytest.approx(other, rel=1e-6)
+        assert count == sum(int((token_batch(r, SAMPLES, LENGTH)[1][:, 1:] != -100).sum()) for r in range(2))
+        empty = summed_loss(module, TokenCrossEntropy(), theta, micros if theta.layout.rank else [])
+        assert 0 < empty[0] < total
+
+
+def test_evaluation_runs_block_by_block(ranks: Any) -> None:
+    ranks(2).run(check_evaluation)
 
 
 def traffic_job() -> dict[str, tuple[float, float]]:

@@ -171,16 +171,34 @@ class ProductEngine:
             finally:
                 self.module.module.train(was_training)
 
+    @torch.no_grad()
+    def sample_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(summed losses, numbers of targets) of each sample of each of this rank's micro-batches. Collective."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [], enabled=self._random):
+            self.module.module.train(self._random)
+            with plain_linear():
+                outer = PendingGather(self._local(self.segments.outer, []), self.module.layout.group).wait()
+                states = self._states()
+                self._forward(states, outer[0], outer[1:], [], second_order=False)
+                values = []
+                for state in states:
+                    self._restore(state, len(state.rng) - 1)
+                    hidden = state.boundaries[-1] if state.boundaries else None
+                    out = self.loss.outputs(self.segments.suffix(outer[0], hidden, state.micro.inputs))
+                    values.append(self.loss.sample_values(out, state.micro))
+            self.module.module.eval()
+        return values
+
+    def _states(self) -> list[_State]:
+        return [_State(micro, rng=[] if micro.rng_state is None else [micro.rng_state]) for micro in self.micro_batches]
+
     def _run(self, vectors: Sequence[ShardedVector], second_order: bool) -> list[ShardedVector]:
         n, m = len(self.segments.blocks), len(vectors)
         results = torch.zeros(max(m, 1), self.theta.layout.flat_numel, dtype=self.dtype, device=self.device)
         outer = PendingGather(self._local(self.segments.outer, vectors), self.module.layout.group).wait()
         outer_full, outer_tangents = outer[0].detach(), outer[1:]
         outer_total = torch.zeros(max(m, 1), *outer_full.shape, dtype=self.dtype, device=self.device)
-        states = [
-            _State(micro, rng=[] if micro.rng_state is None else [micro.rng_state]) for micro in self.micro_batches
-        ]
-
+        states = self._states()
         self._forward(states, outer_full, outer_tangents, vectors, second_order)
         for state in states:
             self._turn(state, outer_full, outer_tangents, outer_total, second_order)

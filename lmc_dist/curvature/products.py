@@ -31,11 +31,8 @@ def summed_loss(
     module: ShardedModule, loss: Loss, theta: ShardedVector, micro_batches: Sequence[MicroBatch]
 ) -> tuple[float, int]:
     """(Σ_i ℓ_i, number of targets) over the micro-batches of all ranks, weights left out. Collective."""
-    full = module.gather(theta.flat.detach().to(module.device))
-    sums = torch.zeros(2, dtype=torch.float64, device=full.device)
-    for micro in micro_batches:
-        with module.randomness(micro.rng_state):
-            values, counts = loss.sample_values(loss.outputs(module.call(full, micro.inputs)), micro)
+    sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    for values, counts in ProductEngine(module, loss, theta, micro_batches).sample_values():
         sums += torch.stack([values.double().sum(), counts.double().sum()])
     if module.layout.world_size > 1:
         torch.distributed.all_reduce(sums, group=module.layout.group)
