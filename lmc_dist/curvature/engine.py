@@ -13,8 +13,8 @@ Shapes: W ranks, L elements of a segment's slots, m vectors. `full` is (W, L), t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,34 +160,37 @@ class ProductEngine:
 
     # --- the passes ------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """The module as a product needs it; the program's mode and random numbers are put back afterwards."""
+        module, devices = self.module.module, [self.device] if self.device.type == "cuda" else []
+        was_training = module.training
+        with torch.random.fork_rng(devices=devices, enabled=self._random), plain_linear():
+            module.train(self._random)
+            try:
+                yield
+            finally:
+                module.train(was_training)
+
     def run(self, vectors: Sequence[ShardedVector], second_order: bool) -> list[ShardedVector]:
         """Without vectors the gradient; else the GGN products, or with `second_order` the Hessian products. Collective."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [], enabled=self._random):
-            was_training = self.module.module.training
-            self.module.module.train(self._random)
-            try:
-                with plain_linear():
-                    return self._run(vectors, second_order)
-            finally:
-                self.module.module.train(was_training)
+        with self._prepared():
+            return self._run(vectors, second_order)
 
     @torch.no_grad()
     def sample_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(summed losses, numbers of targets) of each sample of each of this rank's micro-batches. Collective."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [], enabled=self._random):
-            self.module.module.train(self._random)
-            with plain_linear():
-                outer = PendingGather(self._local(self.segments.outer, []), self.module.layout.group).wait()
-                states = self._states()
-                self._forward(states, outer[0], outer[1:], [], second_order=False)
-                values = []
-                for state in states:
-                    self._restore(state, len(state.rng) - 1)
-                    hidden = state.boundaries[-1] if state.boundaries else None
-                    out = self.loss.outputs(self.segments.suffix(outer[0], hidden, state.micro.inputs))
-                    values.append(self.loss.sample_values(out, state.micro))
-            self.module.module.eval()
-        return values
+        with self._prepared():
+            outer = PendingGather(self._local(self.segments.outer, []), self.module.layout.group).wait()
+            states = self._states()
+            self._forward(states, outer[0], outer[1:], [], second_order=False)
+            values = []
+            for state in states:
+                self._restore(state, len(state.rng) - 1)
+                hidden = state.boundaries[-1] if state.boundaries else None
+                out = self.loss.outputs(self.segments.suffix(outer[0], hidden, state.micro.inputs))
+                values.append(self.loss.sample_values(out, state.micro))
+            return values
 
     def _states(self) -> list[_State]:
         return [_State(micro, rng=[] if micro.rng_state is None else [micro.rng_state]) for micro in self.micro_batches]

@@ -62,23 +62,6 @@ class ShardedModule:
         """Forward pass from this rank's flat shards; differentiable in any order with respect to `flat`. Collective."""
         return self.call(self.gather(flat), inputs)
 
-    @contextmanager
-    def randomness(self, rng_state: torch.Tensor | None) -> Iterator[None]:
-        """Dropout as in training (`rng_state` of the default generator before the pass) or, with None, off.
-
-        The random numbers of the surrounding program are left untouched.
-        """
-        if rng_state is None:
-            self.module.eval()
-            yield
-            return
-        self.module.train()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            set_rng_state(rng_state, self.device)
-            yield
-        self.module.eval()
-
 
 @contextmanager
 def plain_linear() -> Iterator[None]:

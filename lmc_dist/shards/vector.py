@@ -98,10 +98,6 @@ class ShardedVector:
         """‖self‖₂; collective."""
         return max(self.dot(self), 0.0) ** 0.5
 
-    def is_finite(self) -> bool:
-        """Whether this rank's own shard holds no NaN and no infinity; local."""
-        return bool(torch.isfinite(self.flat).all())
-
 
 def local_dot(a: torch.Tensor, b: torch.Tensor) -> float:
     """⟨a, b⟩ of two flat local buffers, accumulated in float64."""

@@ -44,10 +44,6 @@ class EditedStep:
     def is_changed(self) -> bool:
         return self.skipped or not all(all(micro.kept) for micro in self.micro_batches)
 
-    @property
-    def denominator(self) -> float:
-        return self.micro_batches[0].denominator if self.micro_batches else 0.0
-
 
 @dataclass(frozen=True)
 class Counterfactual:

@@ -106,7 +106,7 @@ class _Sweep:
         self.tangent = SGDTangent(trajectory.layout, manifest.parameters, manifest.optimizer["groups"])
         self.windows: list[Window] = []
         self.done: list[AuditRecord] = []
-        self.total = ShardedVector.zeros(trajectory.layout)
+        self.total: ShardedVector
         self.cost = 0.0
         self.source_total = 0.0
         self.started = time.perf_counter()
