@@ -33,7 +33,7 @@ def model_config(kind: str, **changes: Any) -> Any:
     if family == "gpt2":
         gpt2 = {"n_embd": 12, "n_layer": 2, "n_head": 4, "n_positions": 32}
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return transformers.GPT2Config(**common, **gpt2, **dropout | changes)
+        return transformers.GPT2Config(**common, **gpt2 | dropout | changes)
     if family in OTHERS:
         kind_config = getattr(transformers, OTHERS[family])
         experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}

@@ -1,0 +1,138 @@
+"""What engines have in common that leave the step to a torch optimizer over the module's own parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.engines.protocol import EngineShards, State
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.vector import ShardedVector
+
+
+class TorchLoopShards(EngineShards):
+    """Masters are the parameters themselves, and the optimizer's state is shaped like them. Abstract."""
+
+    optimizer: torch.optim.Optimizer
+
+    def _set_optimizer(self, optimizer: Any) -> None:
+        """Takes the optimizer whose groups hold exactly the trainable parameters.
+
+        Raises:
+            LmcError: Not a torch optimizer, or one of other parameters.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise LmcError(
+                f"{self.name}: the training loop's torch optimizer is needed, got {type(optimizer).__name__}"
+            )
+        names = {id(p): name for name, p in self.parameters.items()}
+        self._groups: dict[str, int] = {}
+        for i, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if id(p) in names:
+                    self._groups[names[id(p)]] = i
+                elif p.requires_grad:
+                    raise LmcError(
+                        f"{self.name}: the optimizer holds a parameter of shape {tuple(p.shape)} that the model has not: "
+                        "build it after the model was wrapped, over model.parameters()"
+                    )
+        if missing := [name for name in self.parameters if name not in self._groups]:
+            raise LmcError(
+                f"{self.name}: trainable parameters that the optimizer has not, first {missing[0]}: freeze them with "
+                "requires_grad_(False)"
+            )
+        self.optimizer = optimizer
+
+    @abstractmethod
+    def _shard(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's 1-D view of a tensor that lies like the named parameter."""
+
+    @abstractmethod
+    def _fill(self, targets: Callable[[str], torch.Tensor], values: ShardedVector) -> None:
+        """Writes a vector into tensors that lie like the parameters. Collective."""
+
+    def _vector(self, tensors: Callable[[str], torch.Tensor]) -> ShardedVector:
+        """A copy in host memory."""
+        return ShardedVector.from_shards(
+            self.layout, {name: self._shard(name, tensors(name)).cpu() for name in self.parameters}
+        )
+
+    def read(self) -> ShardedVector:
+        """A copy of the parameters' shards in host memory. Local."""
+        return self._vector(lambda name: self.parameters[name].detach())
+
+    def _state(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        return ((name, self.optimizer.state.get(p, {})) for name, p in self.parameters.items())
+
+    def read_state(self) -> State:
+        """The optimizer's state, copied. Local.
+
+        Raises:
+            LmcError: Parameters whose counters differ, or without state where others have some.
+        """
+        per_element: dict[str, dict[str, torch.Tensor]] = {}
+        counters: dict[str, dict[str, float]] = {}
+        for name, state in self._state():
+            for key, value in state.items():
+                if not torch.is_tensor(value) and not isinstance(value, (int, float)):
+                    continue
+                if torch.is_tensor(value) and value.shape == self.parameters[name].shape and value.dim():
+                    per_element.setdefault(key, {})[name] = value
+                else:
+                    counters.setdefault(key, {})[name] = float(value)
+        for key, found in (per_element | counters).items():
+            if missing := [name for name in self.parameters if name not in found]:
+                raise LmcError(
+                    f"{missing[0]} has no '{key}' in the optimizer's state, as it never got a gradient: freeze it with "
+                    "requires_grad_(False)"
+                )
+        for key, values in counters.items():
+            if len(set(values.values())) > 1:
+                raise LmcError(
+                    f"parameters disagree about '{key}' of the optimizer: some got no gradient in some steps"
+                )
+        vectors = {key: self._vector(tensors.__getitem__) for key, tensors in per_element.items()}
+        return vectors, {key: next(iter(values.values())) for key, values in counters.items()}
+
+    def write_state(self, vectors: dict[str, ShardedVector], scalars: dict[str, float]) -> None:
+        self.optimizer.state.clear()
+        if not vectors and not scalars:
+            return
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = {
+                **{key: torch.zeros_like(parameter) for key in vectors},
+                **{key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()},
+            }
+        for key, vector in vectors.items():
+            self._fill(lambda name, key=key: self.optimizer.state[self.parameters[name]][key], vector)  # type: ignore[misc]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def optimizer_class(self) -> str:
+        return type(self.optimizer).__name__
+
+    @property
+    def group_of(self) -> dict[str, int]:
+        return self._groups
+
+    @property
+    def has_state(self) -> bool:
+        return any(state for _, state in self._state())
+
+
+def trainable(module: torch.nn.Module) -> dict[str, Any]:
+    """Trainable parameters by name, tied ones once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def check_layout_of(layout: ShardLayout, name: str, length: int) -> None:
+    """Raises LmcError unless a rank's shard is as long as the layout says. Local."""
+    if length != layout.slots[name].local_numel:
+        raise LmcError(f"this rank holds {length} elements of {name}, its layout {layout.slots[name].local_numel}")
