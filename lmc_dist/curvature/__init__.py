@@ -14,6 +14,7 @@ from lmc_dist.curvature.hessian import make_hessian_product
 from lmc_dist.curvature.loss import Loss, MicroBatch, SquaredError, TokenCrossEntropy
 from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
+from lmc_dist.shards.engines import EngineShards
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
 
@@ -69,6 +70,7 @@ def hvp_apply(
     theta: ShardedVector | None = None,
     micro_batches: Sequence[MicroBatch] = (),
     gradient: ShardedVector | None = None,
+    engine: EngineShards | None = None,
 ) -> Any:
     """(C + λI) v with C the curvature of Σ_i weights_i ℓ_i at θ (docs/method.md §4).
 
@@ -80,6 +82,8 @@ def hvp_apply(
         theta: Where the curvature is taken.
         micro_batches: This rank's part of the batch; may be empty.
         gradient: ĝ of the batch, for `fisher`.
+        engine: `fd` only, in place of `module`: a live training engine, which computes the gradients with its own
+            kernels; v and θ are laid out like it.
 
     Returns:
         A vector, or a list of them where a list was given.
@@ -87,7 +91,7 @@ def hvp_apply(
     Collective: all ranks of the group must call with the same config and number of vectors.
     """
     vectors = [v] if isinstance(v, ShardedVector) else list(v)
-    products = make_product(config, module, loss, theta, micro_batches, gradient)(vectors)
+    products = make_product(config, module, loss, theta, micro_batches, gradient, engine)(vectors)
     if config.damping:
         products = [c.add_(x, alpha=config.damping) for c, x in zip(products, vectors, strict=True)]
     return products[0] if isinstance(v, ShardedVector) else products
@@ -100,6 +104,7 @@ def make_product(
     theta: ShardedVector | None,
     micro_batches: Sequence[MicroBatch],
     gradient: ShardedVector | None,
+    engine: EngineShards | None = None,
 ) -> Product:
     """The undamped product of a mode."""
     if config.mode == "none":
@@ -108,6 +113,10 @@ def make_product(
         if gradient is None:
             raise LmcError("hessian_mode 'fisher' needs the batch gradient: pass gradient=")
         return make_fisher_product(gradient)
+    if engine is not None:
+        if config.mode != "fd" or loss is None or theta is None:
+            raise LmcError(f"a live engine serves hessian_mode 'fd', with loss= and theta=, not '{config.mode}'")
+        return make_difference_product(lambda at: engine.gradient(at, micro_batches, loss), theta, engine.dtype)
     if module is None or loss is None or theta is None:
         raise LmcError(f"hessian_mode '{config.mode}' runs the model: pass module, loss and theta")
     if config.mode == "GGN":
