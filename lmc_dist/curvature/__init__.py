@@ -32,7 +32,7 @@ class HVPConfig:
         mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `fisher` (ĝĝᵀ of the logged gradient), `diag`
             (Hutchinson estimate of the GGN's diagonal) or `none` (C = 0: first-order rollback).
         damping: λ ≥ 0; the product is (C + λI) v.
-        keep_activations: `GGN`, `fd`: keep the forward graphs and the gathered parameters instead of recomputing blocks.
+        keep_activations: `GGN`, `exact`, `fd`: keep the forward graphs and the gathered parameters instead of recomputing blocks.
         probes: `diag`: GGN products behind an estimate; curvature/diagonal.py gives its standard error.
 
     Raises:
@@ -53,8 +53,8 @@ class HVPConfig:
             raise LmcError(f"damping must be ≥ 0, got {self.damping}")
         if self.probes < 1:
             raise LmcError(f"probes must be at least 1, got {self.probes}")
-        if self.keep_activations and self.mode not in ("GGN", "fd"):
-            raise LmcError(f"keep_activations is an option of GGN and fd, not of {self.mode}")
+        if self.keep_activations and self.mode not in ("GGN", "exact", "fd"):
+            raise LmcError(f"keep_activations is an option of GGN, exact and fd, not of {self.mode}")
 
     @property
     def uses_model(self) -> bool:
@@ -125,6 +125,6 @@ def make_product(
         ggn = make_ggn_product(module, loss, theta, micro_batches)
         return make_diagonal_product(estimate_diagonal(ggn, theta, config.probes))
     if config.mode == "exact":
-        return make_hessian_product(module, loss, theta, micro_batches)
+        return make_hessian_product(module, loss, theta, micro_batches, config.keep_activations)
     keep = config.keep_activations
     return make_difference_product(lambda at: weighted_gradient(module, loss, at, micro_batches, keep), theta)

@@ -16,8 +16,12 @@ from lmc_dist.shards.vector import ShardedVector
 
 
 def make_hessian_product(
-    module: ShardedModule, loss: Loss, theta: ShardedVector, micro_batches: Sequence[MicroBatch]
+    module: ShardedModule,
+    loss: Loss,
+    theta: ShardedVector,
+    micro_batches: Sequence[MicroBatch],
+    keep: bool = False,
 ) -> Product:
     """[v_1 … v_m] ↦ [H v_1 … H v_m], H = ∇² Σ_i weights_i ℓ_i at θ. Collective, as `make_ggn_product`."""
-    engine = ProductEngine(module, loss, theta, micro_batches)
+    engine = ProductEngine(module, loss, theta, micro_batches, keep)
     return lambda vectors: engine.run(vectors, second_order=True)

@@ -9,11 +9,12 @@ Shapes: B samples, T positions, V classes, N targets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 
 @dataclass
@@ -33,6 +34,9 @@ class MicroBatch:
     rng_state: torch.Tensor | None = None
 
 
+OutputCurvature = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Loss(Protocol):
     """A loss with a known Hessian at the model's outputs."""
 
@@ -42,8 +46,8 @@ class Loss(Protocol):
     def value(self, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
         """Scalar Σ_i weights_i Σ_t nll_{i,t}, differentiable."""
 
-    def hessian_product(self, outputs: torch.Tensor, tangent: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-        """H_ℓ · tangent with H_ℓ the Hessian of `value` at `outputs`; shape of `outputs`."""
+    def output_curvature(self, outputs: torch.Tensor, micro: MicroBatch) -> OutputCurvature:
+        """u ↦ H_ℓ u with H_ℓ the Hessian of `value` at `outputs`; shapes of `outputs`."""
 
     def sample_values(self, outputs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Unweighted (B,) sums of the losses of each sample, and (B,) numbers of targets."""
@@ -52,7 +56,8 @@ class Loss(Protocol):
 class TokenCrossEntropy:
     """Next-token cross-entropy of a causal language model: position t predicts label t + 1.
 
-    Logits are raised to float32 at least, as transformers' own loss does.
+    Logits are raised to float32 at least, as transformers' own loss does. Labels are shifted and not the logits, which
+    are by far the largest tensor: a shifted or masked view of them would be a copy.
     """
 
     ignore_index = -100
@@ -60,34 +65,39 @@ class TokenCrossEntropy:
     def outputs(self, model_output: Any) -> torch.Tensor:
         return model_output.logits
 
-    def _rows(self, outputs_BTV: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        labels = micro.targets[:, 1:]
-        mask_BT = labels != self.ignore_index
-        logits_NV = outputs_BTV[:, :-1][mask_BT]
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        return logits_NV, labels[mask_BT], mask_BT
+    def _labels(self, micro: MicroBatch) -> torch.Tensor:
+        """(B, T): the label each position predicts."""
+        return pad(micro.targets[:, 1:], (0, 1), value=self.ignore_index)
+
+    def _losses(self, outputs_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        logits_NV = raised(outputs_BTV).flatten(0, 1)
+        nll_N = cross_entropy(logits_NV, labels_BT.flatten(), reduction="none", ignore_index=self.ignore_index)
+        return nll_N.view(labels_BT.shape)
 
     def value(self, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-        logits_NV, labels_N, mask_BT = self._rows(outputs, micro)
-        weights_N = micro.weights.to(logits_NV.dtype)[:, None].expand(mask_BT.shape)[mask_BT]
-        return (cross_entropy(logits_NV, labels_N, reduction="none") * weights_N).sum()
+        nll_BT = self._losses(outputs, self._labels(micro))
+        return (nll_BT * micro.weights.to(nll_BT.dtype)[:, None]).sum()
 
-    def hessian_product(self, outputs: torch.Tensor, tangent: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-        """(diag p − p pᵀ) u, weighted: exact for softmax cross-entropy (Schraudolph 2002, §3)."""
-        logits_NV, _, mask_BT = self._rows(outputs, micro)
-        u_NV = tangent[:, :-1][mask_BT].to(logits_NV.dtype)
-        weights_N1 = micro.weights.to(logits_NV.dtype)[:, None].expand(mask_BT.shape)[mask_BT][:, None]
-        p_NV = logits_NV.softmax(-1)
-        pu_NV = p_NV * u_NV
-        product = torch.zeros_like(outputs)
-        product[:, :-1][mask_BT] = (weights_N1 * (pu_NV - p_NV * pu_NV.sum(-1, keepdim=True))).to(outputs.dtype)
+    def output_curvature(self, outputs: torch.Tensor, micro: MicroBatch) -> OutputCurvature:
+        """u ↦ (diag p − p pᵀ) u, weighted: exact for softmax cross-entropy (Schraudolph 2002, §3)."""
+        p_BTV = raised(outputs).softmax(-1)
+        weights_BT = micro.weights.to(p_BTV.dtype)[:, None] * (self._labels(micro) != self.ignore_index)
+
+        def product(u_BTV: torch.Tensor) -> torch.Tensor:
+            pu_BTV = p_BTV * u_BTV.to(p_BTV.dtype)
+            pu_BTV.addcmul_(p_BTV, pu_BTV.sum(-1, keepdim=True), value=-1)
+            return pu_BTV.mul_(weights_BT[..., None]).to(outputs.dtype)
+
         return product
 
     def sample_values(self, outputs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_NV, labels_N, mask_BT = self._rows(outputs, micro)
-        nll_BT = logits_NV.new_zeros(mask_BT.shape)
-        nll_BT[mask_BT] = cross_entropy(logits_NV, labels_N, reduction="none")
-        return nll_BT.sum(-1), mask_BT.sum(-1)
+        labels_BT = self._labels(micro)
+        return self._losses(outputs, labels_BT).sum(-1), (labels_BT != self.ignore_index).sum(-1)
+
+
+def raised(outputs: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 if they are."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 class SquaredError:
@@ -99,8 +109,9 @@ class SquaredError:
     def value(self, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
         return (self.sample_values(outputs, micro)[0] * micro.weights).sum()
 
-    def hessian_product(self, outputs: torch.Tensor, tangent: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-        return tangent * micro.weights.to(tangent.dtype).view(-1, *[1] * (tangent.dim() - 1))
+    def output_curvature(self, outputs: torch.Tensor, micro: MicroBatch) -> OutputCurvature:
+        weights = micro.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
+        return lambda u: u * weights
 
     def sample_values(self, outputs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         residual = (outputs - micro.targets).flatten(1)

@@ -9,7 +9,7 @@ themselves, so that any order of differentiation works. All ranks of the group m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,29 +47,39 @@ def count_traffic() -> Iterator[Traffic]:
 
 
 class PendingGather:
-    """An all-gather under way: (..., L) of each rank → (..., W, L). All ranks start them in the same order."""
+    """An all-gather of several vectors under way: k shards (L,) of each rank → k tensors (W, L).
 
-    def __init__(self, shard: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    All ranks start them in the same order, with as many shards. On one rank the results are views of the shards.
+    """
+
+    def __init__(self, shards: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
         _, world_size = group_rank(group)
         for counter in _traffic:
-            counter.gathered += shard.numel() * world_size
+            counter.gathered += sum(shard.numel() for shard in shards) * world_size
         self.work: Any = None
-        if world_size == 1:
-            self.out = shard.unsqueeze(0)
-            return
-        self.shard = shard.contiguous()  # alive until the collective is through
-        self.out = shard.new_empty((world_size, *shard.shape))
-        self.work = _all_gather_base(self.out.view(-1), self.shard.view(-1), group=group, async_op=True)
+        self.out = [shard.unsqueeze(0) for shard in shards]
+        if world_size > 1:
+            self.shards = torch.stack(list(shards))  # alive until the collective is through
+            out = self.shards.new_empty((world_size, *self.shards.shape))
+            self.work = _all_gather_base(out.view(-1), self.shards.view(-1), group=group, async_op=True)
+            self.out = list(out.unbind(1))
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> list[torch.Tensor]:
         if self.work is not None:
             self.work.wait()
             self.work = None
-        return self.out.movedim(0, -2)
+        return self.out
 
 
 def _gather(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    return PendingGather(shard, group).wait()
+    _, world_size = group_rank(group)
+    for counter in _traffic:
+        counter.gathered += shard.numel() * world_size
+    if world_size == 1:
+        return shard.unsqueeze(-2)
+    out = shard.new_empty((world_size, *shard.shape))
+    _all_gather_base(out.view(-1), shard.contiguous().view(-1), group=group)
+    return out.movedim(0, -2)
 
 
 def _scatter(full: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -24,6 +24,8 @@ from lmc_dist.shards.layout import ShardLayout, Slot
 
 logger = logging.getLogger(__name__)
 
+Parameters = dict[str, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -55,13 +57,26 @@ class Segment:
             flat[..., start:stop] += part[..., offset : offset + stop - start]
             offset += stop - start
 
-    def unpack(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gathered (W, L of the segment) → parameters by the names the segment's module knows."""
+    def unpack(self, full: torch.Tensor) -> Parameters:
+        """Gathered (W, L of the segment) → parameters by the names the segment's module knows; views where W = 1."""
         columns = torch.split(full, [slot.padded for slot in self.slots], dim=-1)
         return {
             slot.spec.name[self.strip :]: column.reshape(-1)[: slot.spec.numel].view(slot.spec.shape)
             for slot, column in zip(self.slots, columns, strict=True)
         }
+
+    def accumulate(self, total: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
+        """total += parts, in place: (W, L of the segment) gets tensors by the names of `unpack`; absent ones are zero."""
+        offset = 0
+        for slot in self.slots:
+            part = parts.get(slot.spec.name[self.strip :])
+            if part is not None:
+                column, flat = total[:, offset : offset + slot.padded], part.reshape(-1)
+                whole = slot.spec.numel // max(slot.padded, 1)  # ranks whose shard is full
+                column[:whole] += flat[: whole * slot.padded].view(whole, slot.padded)
+                if (rest := slot.spec.numel - whole * slot.padded) > 0:
+                    column[whole, :rest] += flat[whole * slot.padded :]
+            offset += slot.padded
 
 
 def make_segment(slots: Sequence[Slot], strip: int = 0) -> Segment:
@@ -150,11 +165,11 @@ class SegmentedModule:
     def _wrap(self, hidden: torch.Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
 
-    def _outside(self, outer: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
-        return functional_call(self.module, self.outer.unpack(outer), args=(), kwargs=dict(inputs))
+    def _outside(self, outer: Parameters, inputs: Mapping[str, Any]) -> Any:
+        return functional_call(self.module, outer, args=(), kwargs=dict(inputs))
 
-    def prefix(self, outer: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The first block's input, from the gathered outside (W, L_outer)."""
+    def prefix(self, outer: Parameters, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The first block's input, from the parameters outside the blocks."""
 
         def stop(i: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise _Stop(hidden)
@@ -166,15 +181,14 @@ class SegmentedModule:
             return stopped.hidden
         raise AssertionError("the model's forward did not call its blocks")
 
-    def block(self, i: int, full: torch.Tensor, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    def block(self, i: int, parameters: Parameters, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Block i's output hidden states."""
         args, kwargs = call.arguments[i]
-        parameters = self.block_segments[i].unpack(full)
         result = functional_call(self.blocks[i], parameters, (hidden, *args), kwargs)
         self._returns_tuple = isinstance(result, tuple)
         return result[0] if self._returns_tuple else result
 
-    def suffix(self, outer: torch.Tensor, hidden: torch.Tensor | None, inputs: Mapping[str, Any]) -> Any:
+    def suffix(self, outer: Parameters, hidden: torch.Tensor | None, inputs: Mapping[str, Any]) -> Any:
         """The model's output from the last block's; the whole model where there are no blocks (hidden None)."""
         if hidden is None:
             return self._outside(outer, inputs)
@@ -182,7 +196,7 @@ class SegmentedModule:
             return self._outside(outer, inputs)
 
     @torch.no_grad()
-    def arguments(self, outer: torch.Tensor, inputs: Mapping[str, Any]) -> Call:
+    def arguments(self, outer: Parameters, inputs: Mapping[str, Any]) -> Call:
         """What every block is called with beside the hidden states (masks, positions)."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         shapes: list[torch.Size] = []
