@@ -6,7 +6,7 @@ All of this is local. Dual numbers live in the level that the caller has opened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +81,3 @@ def tangents_of(parts: Parameters) -> Parameters:
     """The tangents of those dual numbers that have one."""
     unpacked = {name: fwAD.unpack_dual(part).tangent for name, part in parts.items()}
     return {name: tangent for name, tangent in unpacked.items() if tangent is not None}
-
-
-def row_chunks(samples: int, size: int) -> Iterable[slice]:
-    """Slices of at most `size` samples."""
-    return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
