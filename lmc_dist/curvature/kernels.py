@@ -9,7 +9,7 @@ pass through a stage, and later passes read them back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,11 @@ class Tape:
 
 
 _tape: Tape | None = None
+_parameters: frozenset[int] = frozenset()  # storages of the parameters whose gradients only matter by their tangents
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _recall(kind: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -118,8 +123,23 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _Product.apply(a, b)
 
 
+class _TangentProduct(Function):
+    """a @ b of which only the tangent is ever looked at: the value is left uninitialised."""
+
+    @staticmethod
+    def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.new_empty(a.shape[0], b.shape[1])
+
+    setup_context = _Product.setup_context
+    jvp = _Product.jvp
+
+
 class _Linear(Function):
-    """x wᵀ with x (..., k) and w (n, k): gradients come out in the layout of x and w."""
+    """x wᵀ with x (..., k) and w (n, k): gradients come out in the layout of x and w.
+
+    Forward over reverse wants the tangent of a parameter's gradient and never the gradient, which saves one product of
+    nine. That holds for views of parameters; a weight that was computed from parameters needs its gradient.
+    """
 
     @staticmethod
     def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -131,6 +151,7 @@ class _Linear(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
+        ctx.right = _TangentProduct.apply if _storage(inputs[1]) in _parameters else product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -139,7 +160,7 @@ class _Linear(Function):
         x, w = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         left = product(rows, w).view(x.shape) if ctx.needs_input_grad[0] else None
-        return left, product(rows.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return left, ctx.right(rows.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: torch.Tensor | None, w_tangent: torch.Tensor | None) -> torch.Tensor | None:
@@ -260,13 +281,15 @@ def _patched(**replacements: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _taped(tape: Tape | None) -> Iterator[None]:
-    global _tape
-    outer, _tape = _tape, tape
+def _known(tape: Tape | None, parameters: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """What the kernels look up while they run."""
+    global _tape, _parameters
+    outer = _tape, _parameters
+    _tape, _parameters = tape, frozenset(map(_storage, parameters))
     try:
         yield
     finally:
-        _tape = outer
+        _tape, _parameters = outer
 
 
 @contextmanager
@@ -280,17 +303,22 @@ def primal_kernels(module: nn.Module, tape: Tape | None = None, written_out: boo
         functions["addmm"] = _recorded_addmm
     if written_out:
         functions["scaled_dot_product_attention"] = attention
-    with _taped(tape), _patched(**functions), _configured(module, written_out):
+    with _known(tape), _patched(**functions), _configured(module, written_out):
         yield
 
 
 @contextmanager
-def dual_kernels(module: nn.Module, tape: Tape | None = None, second_order: bool = False) -> Iterator[None]:
-    """Kernels with a forward mode; with `second_order` their derivatives have one as well."""
+def dual_kernels(
+    module: nn.Module, tape: Tape | None = None, second_order_in: Iterable[torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Kernels with a forward mode; with `second_order_in`, parameters, their derivatives have one as well.
+
+    The gradients of those parameters then have their right tangents, and any values.
+    """
     functions = {"linear": linear, "addmm": _addmm, "scaled_dot_product_attention": attention}
-    if second_order:
+    if second_order_in is not None:
         functions["silu"] = _silu
-    with _taped(tape), _patched(**functions), _configured(module, True):
+    with _known(tape, second_order_in or ()), _patched(**functions), _configured(module, True):
         yield
 
 

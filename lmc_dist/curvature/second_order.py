@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as fwAD
 from lmc_dist.curvature.kernels import Tape, dual_kernels
 from lmc_dist.curvature.passes import Chunk, Passes, Place, State
 from lmc_dist.curvature.stages import Graph, make_dual_graph, push, split, tangents_of
+from lmc_dist.shards.segments import Parameters
 from lmc_dist.shards.vector import ShardedVector
 
 
@@ -30,14 +31,14 @@ class SecondOrder(Passes):
             return super().products()
 
     @contextmanager
-    def _duals(self, state: State, index: int, tape: Tape | None) -> Iterator[None]:
+    def _duals(self, state: State, index: int, parameters: Parameters, tape: Tape | None) -> Iterator[None]:
         """One pass of dual numbers through a place."""
         self.restore(state, index)
         if tape:
             tape.rewind()
         with (
             nullcontext() if self.keep else fwAD.dual_level(),
-            dual_kernels(self.module.module, tape, second_order=True),
+            dual_kernels(self.module.module, tape, parameters.values()),
         ):
             yield
 
@@ -46,7 +47,7 @@ class SecondOrder(Passes):
         arriving = state.tangents[place.index - 1] if place.index else [None] * self.m
         graphs, leaving, output = [], [], None
         for direction in zip(place.tangents, arriving, strict=True):
-            with self._duals(state, place.index, tape):
+            with self._duals(state, place.index, place.parameters, tape):
                 if self.keep:
                     graphs.append(make_dual_graph(*at, direction))
                     value, tangent = split(graphs[-1].output)
@@ -71,7 +72,7 @@ class SecondOrder(Passes):
         values: list[torch.Tensor] = []
         tangents: list[torch.Tensor] = []
         for k, direction in enumerate(chunk.directions):
-            with self._duals(state, index, tape):
+            with self._duals(state, index, self.outer, tape):
                 graph = make_dual_graph(chunk.stage, self.outer, chunk.hidden, direction)
                 output, moved = split(graph.output)
                 if k == 0:
@@ -89,7 +90,7 @@ class SecondOrder(Passes):
         arriving = state.tangents[place.index - 1] if place.index and not kept else [None] * self.m
         tape, primal = Tape() if self.m > 1 else None, state.cotangents[0]
         for k in range(self.m):
-            with self._duals(state, place.index, tape):
+            with self._duals(state, place.index, place.parameters, tape):
                 if kept:
                     graph = kept.pop(0)
                 else:
