@@ -25,6 +25,9 @@ INSTALL_REQUIRES = [
     "jsonargparse[signatures]>=4.40",
     "pyyaml",
     "tqdm",
+    # the trajectory log: compression and digests
+    "xxhash",
+    "zstandard",
     # torch's C++ extension loader, which DeepSpeed's JIT-built operators go through, imports it
     "setuptools",
 ]

@@ -31,15 +31,34 @@ what to forget: --forget.samples takes ids (3,17,20-29) or a .json/.jsonl file o
 split, --forget.batches ids of logged batches.
 """
 
+SPECTRUM_EXAMPLES = """
+examples:
+  lmc log spectrum --config configs/demo.yaml --model.path runs/base --log_dir runs/log
+  deepspeed --num_accelerators 2 -m lmc_dist.cli log spectrum --config configs/tofu.yaml --log_dir runs/tofu/log \\
+      --spectrum.step 62 --spectrum.mode exact --spectrum.json spectrum.json
+"""
+
+CURVATURE_EXAMPLES = """
+examples:
+  lmc log curvature --config configs/demo.yaml --model.path runs/base --log_dir runs/log --curvature.rank 64
+  lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.batches 5 \\
+      --unlearn.hessian_mode low_rank --unlearn.curvature default
+"""
+
 DESCRIPTIONS = {
     "train": "Fine-tune under DeepSpeed ZeRO-3 and write a trajectory log.",
     "unlearn": "Compute the model that the logged training would have reached without some data.",
+    "log spectrum": "Largest eigenvalues and trace of the curvature at a logged step, and what they mean for stability.",
+    "log curvature": "Keep the largest eigenpairs of the curvature beside the log, for use without model and data.",
 }
 
 # Settings that a command does not use; a configuration file may still hold them, since one file serves all commands.
+_RUNS = {"train", "log", "forget", "unlearn", "model_dir", "output_dir", "reference", "compare", "resume"}
 UNUSED = {
-    "train": {"unlearn", "output_dir", "reference", "compare"},
-    "unlearn": {"train", "log", "model_dir"},
+    "train": {"unlearn", "spectrum", "curvature", "output_dir", "reference", "compare"},
+    "unlearn": {"train", "log", "spectrum", "curvature", "model_dir", "resume"},
+    "log spectrum": _RUNS | {"curvature", "overwrite"},
+    "log curvature": _RUNS | {"spectrum"},
 }
 
 
@@ -110,6 +129,30 @@ def unlearn_command(argv: Sequence[str] | None = None) -> None:
     run_on_ranks(work)
 
 
+def spectrum_command(argv: Sequence[str]) -> None:
+    """`lmc log spectrum`."""
+    config = parse("log spectrum", argv, SPECTRUM_EXAMPLES)
+
+    def work(runtime: Any) -> str:
+        from lmc_dist.log_commands import show_spectrum
+
+        return show_spectrum(config, runtime)
+
+    run_on_ranks(work)
+
+
+def curvature_command(argv: Sequence[str]) -> None:
+    """`lmc log curvature`."""
+    config = parse("log curvature", argv, CURVATURE_EXAMPLES)
+
+    def work(runtime: Any) -> str:
+        from lmc_dist.log_commands import keep_curvature
+
+        return keep_curvature(config, runtime)
+
+    run_on_ranks(work)
+
+
 def run_on_ranks(work: Callable[[Any], str]) -> None:
     """Runs a command's work in the job's process group, prints its text on rank 0, and ends the process."""
     from lmc_dist.runtime import init, run
@@ -123,26 +166,40 @@ def run_on_ranks(work: Callable[[Any], str]) -> None:
     run(body)
 
 
-COMMANDS = {"train": train_command, "unlearn": unlearn_command}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train_command,
+    "unlearn": unlearn_command,
+    "log spectrum": spectrum_command,
+    "log curvature": curvature_command,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `lmc` command."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="lmc",
-        description="Remove the influence of training data from a fine-tuned language model.",
-        epilog="`lmc COMMAND --help` shows a command's settings and examples.",
-    )
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in COMMANDS)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = f"{parser.description}\n\ncommands:\n{listing}"
-    parser.add_argument("command", choices=list(COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="lmc",
+        description=f"Remove the influence of training data from a fine-tuned language model.\n\ncommands:\n{listing}",
+        epilog="`lmc COMMAND --help` shows a command's settings and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=sorted({name.split()[0] for name in COMMANDS}))
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = parser.parse_args(arguments[:1]).command
-    COMMANDS[command](arguments[1:])
+    group = parser.parse_args(arguments[:1]).command
+    if group in COMMANDS:
+        COMMANDS[group](arguments[1:])
+        return
+    nested = argparse.ArgumentParser(prog=f"lmc {group}", epilog=parser.epilog)
+    choices = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
+    nested.formatter_class = argparse.RawDescriptionHelpFormatter
+    nested.description = "commands:\n" + "\n".join(
+        f"  {name:<{width}}  {DESCRIPTIONS[f'{group} {name}']}" for name in choices
+    )
+    nested.add_argument("command", choices=choices)
+    COMMANDS[f"{group} {nested.parse_args(arguments[1:2]).command}"](arguments[2:])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 Counterfactual = Literal["skip", "zero", "renormalize"]
 Storage = Literal["replay", "update", "gradient", "full"]
+StoredDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,26 @@ class LogConfig:
     """What training leaves behind.
 
     Attributes:
-        storage: `replay` (ids, random state, snapshots) or `update` (also u_s of every step).
+        storage: `replay` (ids, random state, snapshots), `update` (also u_s of every step), `gradient` (also g_s) or
+            `full` (g_s and θ of every step).
         save_interval: Steps between snapshots; null keeps the first and the last only.
         max_steps: Ring: keep the tensors of the last steps only; null keeps all.
+        update_dtype: `float32` keeps every θ_s to the bit; `bfloat16` halves u_s and carries its rounding error to the
+            next step.
+        gradient_dtype: Of g_s: `float32`, or `bfloat16` rounded to nearest.
+        compression: `none`, or `zstd` of the tensors' shuffled bytes.
+        buffer_mb: MiB of memory of each rank for steps that wait to be written; training waits when it is full.
+        save_batch_data: Keep the tokens of every sample, once, so that unlearning needs no dataset.
     """
 
     storage: Storage = "update"
     save_interval: int | None = 50
     max_steps: int | None = None
+    update_dtype: StoredDtype = "float32"
+    gradient_dtype: StoredDtype = "float32"
+    compression: Literal["none", "zstd"] = "none"
+    buffer_mb: float = 512
+    save_batch_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,9 +142,13 @@ class UnlearnConfig:
 
     Attributes:
         hessian_mode: Curvature of the propagation: `GGN`, `exact` (Hessian), `fd` (Hessian by differences of gradients),
-            `fisher` (of the logged batch gradient), `diag` (estimated diagonal of the GGN), or `none` (first-order
-            rollback).
-        probes: `diag`: products behind each step's estimate.
+            `fisher` (of the logged batch gradient), `diag` (estimated diagonal of the GGN), `low_rank` (largest
+            eigenpairs), or `none` (first-order rollback).
+        probes: `diag`: products behind each step's estimate; 0 is the exact diagonal, for tiny models.
+        rank: `low_rank`: eigenpairs.
+        base: `low_rank`: whose, `GGN`, `exact` or `fd`.
+        refresh: `low_rank`: steps that a basis serves.
+        curvature: `low_rank`: name of a curvature that `lmc log curvature` left beside the log, used in place of the model.
         K: Steps a source is propagated; null is all.
         damping: λ ≥ 0 added to the curvature.
         replay_head: 0 propagates at once; `all` is exact replay.
@@ -139,9 +156,53 @@ class UnlearnConfig:
 
     hessian_mode: str = "GGN"
     probes: int = 8
+    rank: int = 16
+    base: str = "GGN"
+    refresh: int = 10
+    curvature: str | None = None
     K: int | None = None
     damping: float = 0.0
     replay_head: int | Literal["all"] = 0
+
+
+@dataclass(frozen=True)
+class SpectrumConfig:
+    """What `lmc log spectrum` looks at.
+
+    Attributes:
+        step: Logged step; null is the middle of the run.
+        mode: `GGN`, `exact` (Hessian) or `fd`.
+        count: Eigenvalues of largest magnitude.
+        products: Curvature products behind them.
+        probes: Curvature products behind the trace.
+        json: File for the results; null prints them only.
+    """
+
+    step: int | None = None
+    mode: Literal["GGN", "exact", "fd"] = "GGN"
+    count: int = 5
+    products: int = 32
+    probes: int = 16
+    json: str | None = None
+
+
+@dataclass(frozen=True)
+class CurvatureConfig:
+    """What `lmc log curvature` keeps.
+
+    Attributes:
+        name: Its folder, log_dir/curvature/NAME.
+        base: `GGN` or `exact` (Hessian).
+        rank: Eigenpairs of each window.
+        windows: Spans of the run with a basis each.
+        steps: Steps whose curvature is averaged in each window.
+    """
+
+    name: str = "default"
+    base: Literal["GGN", "exact"] = "GGN"
+    rank: int = 32
+    windows: int = 1
+    steps: int = 4
 
 
 @dataclass(frozen=True)
@@ -153,8 +214,9 @@ class Config:
         model_dir: Where training writes the fine-tuned model as a Hugging Face checkpoint; null does not.
         output_dir: Folder that an unlearning run writes.
         reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
-        compare: Further methods measured on the same request: `tim`, `fisher`, `diag`, `ggn`, `fd`, `exact`, `replay`,
-            separated by commas.
+        compare: Further methods measured on the same request: `tim`, `fisher`, `diag`, `low_rank`, `ggn`, `fd`, `exact`,
+            `replay`, separated by commas.
+        resume: Continue the training run whose log is in log_dir from its last snapshot, or begin it.
         overwrite: Replace log_dir and model_dir (training) or output_dir (unlearning) of an earlier run.
     """
 
@@ -164,9 +226,12 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     forget: ForgetConfig = field(default_factory=ForgetConfig)
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
     log_dir: str = "runs/log"
     model_dir: str | None = None
     output_dir: str = "runs/unlearn"
     reference: Literal["none", "retrain", "replay"] = "none"
     compare: str = ""
+    resume: bool = False
     overwrite: bool = False

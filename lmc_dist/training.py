@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,9 +34,12 @@ from lmc_dist.export import export_model
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
 from lmc_dist.shards.engines import backward_micro_batch, engine_shards
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.trajectory.files import write_json
+from lmc_dist.trajectory.files import MANIFEST_FILE, read_json, write_json
+from lmc_dist.trajectory.lock import require_free
 from lmc_dist.trajectory.logger import TrainingLogger
 from lmc_dist.unlearn.request import make_request
+
+logger = logging.getLogger("lmc_dist")
 
 
 @dataclass(frozen=True)
@@ -213,9 +217,7 @@ class Trainer:
         self.config, self.runtime = config, runtime
         with agreement():
             check_train_config(config)
-            check_replaceable(Path(config.log_dir), "manifest.json", config.overwrite)
-            if config.model_dir is not None:
-                check_replaceable(Path(config.model_dir), "config.json", config.overwrite)
+            check_targets(config)
             self.dataset, self.tokenizer = build_dataset(config)
             self.request = read_request(config, self.dataset)
             if self.request is not None and self.request.kind == "renormalize" and not self._kept(self.dataset.ids):
@@ -237,6 +239,12 @@ class Trainer:
             max_steps=config.log.max_steps,
             mode=config.log.storage,
             save_interval=config.log.save_interval,
+            save_batch_data=config.log.save_batch_data,
+            update_dtype=config.log.update_dtype,
+            gradient_dtype=config.log.gradient_dtype,
+            compression=config.log.compression,
+            buffer_mb=config.log.buffer_mb,
+            resume=config.resume,
             dataset_fingerprint=self.dataset.fingerprint,
             loss_normalization="given" if self.request and self.request.kind == "zero" else "global_token_mean",
             run={
@@ -255,17 +263,26 @@ class Trainer:
         from tqdm import tqdm
 
         self.engine.train()
-        remove_folder(Path(self.config.log_dir))  # an earlier run's, now that all else is known to be well
+        if not self.config.resume:
+            remove_folder(Path(self.config.log_dir))  # an earlier run's, now that all else is known to be well
         self.logger.attach(self.engine)
         started, losses = time.perf_counter(), []
+        first = self.logger.step
+        if first and self.runtime.is_main:
+            logger.info("resuming at step %d of %d", first, self.schedule.num_steps)
         bar = tqdm(self.schedule, total=self.schedule.num_steps, desc="train", disable=not self.runtime.is_main)
-        for step, epoch, ids in bar:
-            self.logger.epoch = epoch
-            loss = self._step(step, ids)
-            self.scheduler.step()
-            if loss is not None:
-                losses.append(loss)
-                bar.set_postfix(loss=f"{loss:.4f}")
+        try:
+            for step, epoch, ids in bar:
+                if step >= first:
+                    self.logger.epoch = epoch
+                    loss = self._step(step, ids)
+                    if loss is not None:
+                        losses.append(loss)
+                        bar.set_postfix(loss=f"{loss:.4f}")
+                self.scheduler.step()
+        except BaseException:
+            self.logger.detach()
+            raise
         self.logger.close()
         seconds = time.perf_counter() - started
         if self.config.model_dir is not None:
@@ -312,6 +329,43 @@ class Trainer:
                 batch["labels"][row] = IGNORED
         batch["index"] = torch.tensor(used, dtype=torch.long)
         return {key: value.to(self.runtime.device) for key, value in batch.items()}
+
+
+def check_targets(config: Config) -> None:
+    """Checks that training may write where it is told to.
+
+    Raises:
+        LmcError: Something is there that is neither to be resumed nor to be overwritten, or another job is at it.
+    """
+    if config.resume and config.overwrite:
+        raise LmcError("resume continues the log in log_dir, overwrite removes it: give one of them")
+    log_dir = Path(config.log_dir)
+    if config.resume:
+        check_same_config(log_dir, config)
+    else:
+        check_replaceable(log_dir, MANIFEST_FILE, config.overwrite)
+        require_free(log_dir)
+    if config.model_dir is not None:
+        check_replaceable(Path(config.model_dir), "config.json", config.overwrite or config.resume)
+
+
+def check_same_config(log_dir: Path, config: Config) -> None:
+    """Checks that a resumed run has the settings it was started with.
+
+    Raises:
+        LmcError: Some differ.
+    """
+    if not (log_dir / MANIFEST_FILE).exists():
+        return
+    logged = read_json(log_dir / MANIFEST_FILE)["run"].get("config", {})
+    mine = json.loads(json.dumps(asdict(config)))
+    for section in ("data", "model", "train", "forget"):
+        for key, value in mine[section].items():
+            if logged.get(section, {}).get(key, value) != value:
+                raise LmcError(
+                    f"log_dir {log_dir} was trained with {section}.{key}={logged[section][key]}, not {value}: resume with "
+                    "the settings the run was started with"
+                )
 
 
 def check_train_config(config: Config) -> None:

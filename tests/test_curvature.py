@@ -184,7 +184,7 @@ def test_products_draw_the_same_dropout_however_they_are_computed(ranks: Any) ->
         assert max(errors.values()) <= 1e-12, errors
 
 
-@pytest.mark.parametrize("mode", ["low_rank", "secant"])
+@pytest.mark.parametrize("mode", ["secant"])
 def test_planned_modes_say_so(mode: str) -> None:
     with pytest.raises(LmcError, match="not available yet"):
         HVPConfig(mode)

@@ -6,22 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmc_dist.curvature.diagonal import estimate_diagonal, make_diagonal_product
+from lmc_dist.curvature.diagonal import estimate_diagonal, exact_diagonal, make_diagonal_product
 from lmc_dist.curvature.finite_difference import make_difference_product
 from lmc_dist.curvature.fisher import make_fisher_product
 from lmc_dist.curvature.ggn import Product, make_ggn_product
 from lmc_dist.curvature.hessian import make_hessian_product
 from lmc_dist.curvature.loss import Loss, MicroBatch, SquaredError, TokenCrossEntropy
+from lmc_dist.curvature.low_rank import LowRank, low_rank
 from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.engines import EngineShards
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
 
-__all__ = ["HVPConfig", "Loss", "MicroBatch", "SquaredError", "TokenCrossEntropy", "hvp_apply"]
+__all__ = [
+    "HVPConfig",
+    "Loss",
+    "LowRank",
+    "MicroBatch",
+    "SquaredError",
+    "TokenCrossEntropy",
+    "hvp_apply",
+    "low_rank_basis",
+]
 
-MODES = ("GGN", "exact", "fd", "fisher", "diag", "none")
-PLANNED_MODES = ("low_rank", "secant")
+MODES = ("GGN", "exact", "fd", "fisher", "diag", "low_rank", "none")
+PLANNED_MODES = ("secant",)
+BASES = ("GGN", "exact", "fd")  # what `low_rank` takes its eigenpairs of
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,15 @@ class HVPConfig:
 
     Attributes:
         mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `fisher` (ĝĝᵀ of the logged gradient), `diag`
-            (Hutchinson estimate of the GGN's diagonal) or `none` (C = 0: first-order rollback).
+            (diagonal of the GGN), `low_rank` (largest eigenpairs of `base`) or `none` (C = 0: first-order rollback).
         damping: λ ≥ 0; the product is (C + λI) v.
-        keep_activations: `GGN`, `exact`, `fd`: keep the forward graphs and the gathered parameters instead of recomputing blocks.
-        probes: `diag`: GGN products behind an estimate; curvature/diagonal.py gives its standard error.
+        keep_activations: `GGN`, `exact`, `fd`: keep the forward graphs and the gathered parameters instead of recomputing
+            blocks.
+        probes: `diag`: GGN products behind an estimate (curvature/diagonal.py gives its standard error); 0 is the exact
+            diagonal, one product a parameter.
+        rank: `low_rank`: eigenpairs kept.
+        base: `low_rank`: whose eigenpairs.
+        refresh: `low_rank`: logged steps that a basis serves before a sweep takes a new one.
 
     Raises:
         LmcError: Unknown or not yet available mode, negative damping, an option that its mode does not have.
@@ -43,6 +59,9 @@ class HVPConfig:
     damping: float = 0.0
     keep_activations: bool = False
     probes: int = 8
+    rank: int = 16
+    base: str = "GGN"
+    refresh: int = 10
 
     def __post_init__(self) -> None:
         if self.mode in PLANNED_MODES:
@@ -51,8 +70,12 @@ class HVPConfig:
             raise LmcError(f"unknown hessian_mode '{self.mode}'; available: {', '.join(MODES)}")
         if not self.damping >= 0:
             raise LmcError(f"damping must be ≥ 0, got {self.damping}")
-        if self.probes < 1:
-            raise LmcError(f"probes must be at least 1, got {self.probes}")
+        if self.probes < 0:
+            raise LmcError(f"probes must be ≥ 0 (0: the exact diagonal), got {self.probes}")
+        if self.rank < 1 or self.refresh < 1:
+            raise LmcError(f"rank and refresh must be at least 1, got {self.rank} and {self.refresh}")
+        if self.base not in BASES:
+            raise LmcError(f"low_rank of '{self.base}' is not available; available: {', '.join(BASES)}")
         if self.keep_activations and self.mode not in ("GGN", "exact", "fd"):
             raise LmcError(f"keep_activations is an option of GGN, exact and fd, not of {self.mode}")
 
@@ -71,6 +94,7 @@ def hvp_apply(
     micro_batches: Sequence[MicroBatch] = (),
     gradient: ShardedVector | None = None,
     engine: EngineShards | None = None,
+    basis: LowRank | None = None,
 ) -> Any:
     """(C + λI) v with C the curvature of Σ_i weights_i ℓ_i at θ (docs/method.md §4).
 
@@ -84,6 +108,7 @@ def hvp_apply(
         gradient: ĝ of the batch, for `fisher`.
         engine: `fd` only, in place of `module`: a live training engine, which computes the gradients with its own
             kernels; v and θ are laid out like it.
+        basis: `low_rank`: eigenpairs found before (`low_rank_basis`); without them every call finds its own.
 
     Returns:
         A vector, or a list of them where a list was given.
@@ -91,7 +116,10 @@ def hvp_apply(
     Collective: all ranks of the group must call with the same config and number of vectors.
     """
     vectors = [v] if isinstance(v, ShardedVector) else list(v)
-    products = make_product(config, module, loss, theta, micro_batches, gradient, engine)(vectors)
+    if basis is not None and config.mode != "low_rank":
+        raise LmcError(f"a basis serves hessian_mode 'low_rank', not '{config.mode}'")
+    product = basis or make_product(config, module, loss, theta, micro_batches, gradient, engine)
+    products = product(vectors)
     if config.damping:
         products = [c.add_(x, alpha=config.damping) for c, x in zip(products, vectors, strict=True)]
     return products[0] if isinstance(v, ShardedVector) else products
@@ -123,8 +151,25 @@ def make_product(
         return make_ggn_product(module, loss, theta, micro_batches, config.keep_activations)
     if config.mode == "diag":
         ggn = make_ggn_product(module, loss, theta, micro_batches)
-        return make_diagonal_product(estimate_diagonal(ggn, theta, config.probes))
+        exact = config.probes == 0
+        return make_diagonal_product(
+            exact_diagonal(ggn, theta) if exact else estimate_diagonal(ggn, theta, config.probes)
+        )
+    if config.mode == "low_rank":
+        return low_rank_basis(config, module, loss, theta, micro_batches)
     if config.mode == "exact":
         return make_hessian_product(module, loss, theta, micro_batches, config.keep_activations)
     keep = config.keep_activations
     return make_difference_product(lambda at: weighted_gradient(module, loss, at, micro_batches, keep), theta)
+
+
+def low_rank_basis(
+    config: HVPConfig,
+    module: ShardedModule,
+    loss: Loss,
+    theta: ShardedVector,
+    micro_batches: Sequence[MicroBatch],
+) -> LowRank:
+    """The `config.rank` largest eigenpairs of `config.base` at θ, undamped. Collective; 2·rank + 9 products."""
+    base = HVPConfig(config.base)
+    return low_rank(make_product(base, module, loss, theta, micro_batches, None), theta, config.rank)

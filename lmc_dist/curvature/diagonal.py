@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lmc_dist.curvature.ggn import Product
+from lmc_dist.errors import LmcError
 from lmc_dist.shards.vector import ShardedVector
 
 
@@ -24,7 +25,7 @@ class DiagonalEstimate:
     Attributes:
         diagonal: Estimate of diag C, sharded.
         standard_error: Of each element of it, from the spread of the probes; zeros for a single probe.
-        probes: Their number.
+        probes: Their number; 0 is exact.
     """
 
     diagonal: ShardedVector
@@ -64,6 +65,40 @@ def estimate_diagonal(
     mean = total / probes
     variance = (squares / probes - mean.square()).clamp(min=0) * (probes / max(probes - 1, 1))
     return DiagonalEstimate(like.like(mean), like.like((variance / probes).sqrt()), probes)
+
+
+EXACT_LIMIT = 1 << 14  # parameters: the exact diagonal takes a product for each
+
+
+def exact_diagonal(product: Product, like: ShardedVector, block: int = 32) -> DiagonalEstimate:
+    """diag C from one product a parameter: for small models and tests. Collective.
+
+    Raises:
+        LmcError: More than `EXACT_LIMIT` parameters.
+    """
+    layout = like.layout
+    if layout.total_numel > EXACT_LIMIT:
+        raise LmcError(
+            f"the exact diagonal of {layout.total_numel:,} parameters needs as many products, more than the limit of "
+            f"{EXACT_LIMIT:,}: estimate it with probes ≥ 1"
+        )
+    diagonal = torch.zeros_like(like.flat)
+    places: list[int | None] = []  # of each parameter's elements in this rank's flat buffer; None on other ranks
+    for slot in layout:
+        inside = range(slot.start, slot.end)
+        places += [slot.offset + i - slot.start if i in inside else None for i in range(slot.spec.numel)]
+    for start in range(0, len(places), block):
+        chosen = places[start : start + block]
+        units = []
+        for place in chosen:
+            unit = torch.zeros_like(like.flat)
+            if place is not None:
+                unit[place] = 1
+            units.append(like.like(unit))
+        for place, image in zip(chosen, product(units), strict=True):
+            if place is not None:
+                diagonal[place] = image.flat[place]
+    return DiagonalEstimate(like.like(diagonal), like.like(torch.zeros_like(diagonal)), 0)
 
 
 def make_diagonal_product(estimate: DiagonalEstimate) -> Product:

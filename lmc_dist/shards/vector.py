@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lmc_dist.shards.layout import ShardLayout
 
-_CHUNK = 1 << 20  # elements; reductions convert to float64 chunk by chunk, so that they need no second vector
+_CHUNK = 1 << 18  # elements; reductions convert to float64 chunk by chunk, so that they need no second vector
 
 
 class ShardedVector:
@@ -116,3 +116,22 @@ def dots(pairs: Sequence[tuple[ShardedVector, ShardedVector]]) -> list[float]:
     sums = torch.tensor(local, dtype=torch.float64, device=flat.device)
     dist.all_reduce(sums, group=layout.group)
     return sums.tolist()
+
+
+def gram(a: torch.Tensor, b: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
+    """All inner products of two blocks of vectors, one all-reduce; collective.
+
+    Args:
+        a: (k, L) this rank's shards of k vectors.
+        b: (m, L) those of m others.
+        layout: Their layout.
+
+    Returns:
+        (k, m) in float64, the same on every rank, on the CPU.
+    """
+    sums = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for i in range(0, a.shape[1], _CHUNK):
+        sums += a[:, i : i + _CHUNK].double() @ b[:, i : i + _CHUNK].double().T
+    if layout.world_size > 1:
+        dist.all_reduce(sums, group=layout.group)
+    return sums.cpu()

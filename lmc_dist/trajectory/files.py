@@ -1,4 +1,4 @@
-"""The files of a log: atomic writes, per-rank shard files, snapshots. No pickle anywhere.
+"""The files of a log: atomic writes and per-rank shard files. No pickle anywhere.
 
 A shard file is a safetensors file of 1-D tensors, one a rank; names, bounds and world size make it readable at any
 other world size.
@@ -9,28 +9,32 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import agreement
 from lmc_dist.shards.checksum import BITS
-from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot, group_rank, shard_bounds
+from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot, shard_bounds
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.codec import Compression, decode, digest, encode
 
-_RANK_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})\.safetensors")
+MANIFEST_FILE = "manifest.json"
 FIX_INDEX, FIX_VALUE = "#fix_index", "#fix_value"
 
 
-def rank_file(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+def step_folder(step: int) -> str:
+    return f"steps/step-{step:08d}"
+
+
+def rank_file(rank: int, world_size: int, kind: str = "") -> str:
+    """Name of a rank's file; files of several kinds can share a folder."""
+    return f"{kind}{'.' if kind else ''}rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def fsync_path(path: Path) -> None:
@@ -65,25 +69,52 @@ def read_json(path: Path) -> Any:
 
 
 def write_shard_file(
-    folder: Path, layout: ShardLayout, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Writes this rank's tensors of one step. `tensors` hold unpadded shards, named as the layout's slots."""
+    folder: Path,
+    layout: ShardLayout,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    kind: str = "",
+    compression: Compression = "none",
+) -> str:
+    """Writes this rank's tensors, atomically and synced to disk. Local.
+
+    Args:
+        folder: Of all ranks' files; made when absent.
+        layout: Of the vectors.
+        tensors: Unpadded 1-D shards in host memory, named as the layout's slots, and any others.
+        metadata: More strings for the file's header.
+        kind: What the file holds, the first part of its name.
+        compression: See `codec.encode`.
+
+    Returns:
+        The file's digest: of its header, which holds those of the tensors.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / rank_file(layout.rank, layout.world_size)
+    path = folder / rank_file(layout.rank, layout.world_size, kind)
+    stored = {name: encode(tensor, compression) for name, tensor in tensors.items()}
+    table = {
+        name: [str(tensor.dtype).removeprefix("torch."), tensor.numel(), digest(stored[name])]
+        for name, tensor in tensors.items()
+    }
+    header = {
+        "format": "pt",
+        "rank": str(layout.rank),
+        "world_size": str(layout.world_size),
+        "compression": compression,
+        "tensors": json.dumps(table),
+        **metadata,
+    }
     part = path.with_suffix(".part")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        part,
-        metadata={
-            "format": "pt",
-            "rank": str(layout.rank),
-            "world_size": str(layout.world_size),
-            **metadata,
-        },
-    )
+    save_file(stored, part, metadata=header)
     fsync_path(part)
     part.replace(path)
     fsync_path(folder)
+    fsync_path(folder.parent)
+    return header_digest(header)
+
+
+def header_digest(header: Mapping[str, str]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(header, sort_keys=True).encode())
 
 
 class ShardReader:
@@ -94,37 +125,42 @@ class ShardReader:
         layout: The reader's own layout.
         rule: Partition rule of the writer.
         what: What the folder is, for messages.
+        kind: Which files to read.
     """
 
-    def __init__(self, folder: Path, layout: ShardLayout, rule: PartitionRule, what: str) -> None:
-        self.folder, self.layout, self.rule, self.what = folder, layout, rule, what
-        found = sorted(folder.glob("rank-*.safetensors")) if folder.is_dir() else []
-        matches = [m for m in (_RANK_FILE.fullmatch(path.name) for path in found) if m]
+    def __init__(self, folder: Path, layout: ShardLayout, rule: PartitionRule, what: str, kind: str = "") -> None:
+        self.folder, self.layout, self.rule, self.what, self.kind = folder, layout, rule, what, kind
+        matches = list(rank_files(folder, kind))
         if not matches:
-            raise LmcError(f"{what}: no shard files in {folder}")
-        self.world_size = int(matches[0].group(2))
-        ranks = {int(m.group(1)) for m in matches if int(m.group(2)) == self.world_size}
+            raise LmcError(f"{what}: no shard files{f' of {kind}' if kind else ''} in {folder}")
+        self.world_size = matches[0][1]
+        ranks = {rank for rank, world_size in matches if world_size == self.world_size}
         if len(matches) != len(ranks):
             raise LmcError(f"{what}: {folder} mixes files of different world sizes; the log is damaged")
         missing = sorted(set(range(self.world_size)) - ranks)
         if missing:
             raise LmcError(f"{what}: the file of rank {missing[0]} of {self.world_size} is missing in {folder}")
         self._open: dict[int, Any] = {}
+        self._tables: dict[int, dict[str, tuple[str, int, str]]] = {}
 
     def _file(self, rank: int) -> Any:
         if rank not in self._open:
-            path = self.folder / rank_file(rank, self.world_size)
+            path = self.folder / rank_file(rank, self.world_size, self.kind)
             try:
                 handle = safe_open(path, framework="pt")
+                header = handle.metadata() or {}
+                table = json.loads(header.get("tensors", "{}"))
             except Exception as error:  # safetensors raises its own error type for a truncated or damaged header
                 raise LmcError(f"{self.what}: {path} is damaged ({error})") from None
-            metadata = handle.metadata() or {}
-            if metadata.get("world_size") != str(self.world_size) or metadata.get("rank") != str(rank):
+            if header.get("world_size") != str(self.world_size) or header.get("rank") != str(rank):
                 raise LmcError(
-                    f"{self.what}: {path} was written by rank {metadata.get('rank')} of "
-                    f"{metadata.get('world_size')}, its name says rank {rank} of {self.world_size}"
+                    f"{self.what}: {path} was written by rank {header.get('rank')} of "
+                    f"{header.get('world_size')}, its name says rank {rank} of {self.world_size}"
                 )
-            self._open[rank] = handle
+            if odd := sorted(set(handle.keys()) ^ set(table)):
+                problem = "lacks" if odd[0] in table else "does not name"
+                raise LmcError(f"{self.what}: rank {rank}'s file {problem} tensor '{odd[0]}' ({path})")
+            self._open[rank], self._tables[rank] = handle, table
         return self._open[rank]
 
     def _overlaps(self, slot: Slot) -> list[tuple[int, int, int]]:
@@ -132,10 +168,28 @@ class ShardReader:
         bounds = ((r, *shard_bounds(slot.spec, r, self.world_size, self.rule)) for r in range(self.world_size))
         return [(r, start, end) for r, start, end in bounds if start < slot.end and slot.start < end]
 
+    def _whole(self, rank: int, name: str) -> torch.Tensor:
+        """A tensor of a writer's file, decompressed."""
+        handle = self._file(rank)
+        dtype, numel, _ = self._tables[rank][name]
+        try:
+            return decode(handle.get_tensor(name), getattr(torch, dtype), numel, handle.metadata()["compression"])
+        except LmcError as error:
+            raise LmcError(f"{self.what}: tensor '{name}' of rank {rank}: {error}") from None
+
     def check(self) -> None:
         """Opens every writer's file: truncated, foreign or misnamed ones are found without reading tensors."""
         for rank in range(self.world_size):
             self._file(rank)
+
+    def header_digest(self, rank: int) -> str:
+        """What `write_shard_file` returned for a writer's file, of the file as it is now."""
+        return header_digest(self._file(rank).metadata())
+
+    def damaged_tensors(self, rank: int) -> list[str]:
+        """Tensors of a writer's file whose bytes do not have the digest in its header, read one at a time."""
+        handle = self._file(rank)
+        return [name for name, row in self._tables[rank].items() if digest(handle.get_tensor(name)) != row[2]]
 
     def read(self, dtype: torch.dtype) -> ShardedVector:
         """This rank's shards as one vector; every element is read exactly once and must be finite."""
@@ -143,24 +197,29 @@ class ShardReader:
         for slot in self.layout:
             name, target = slot.spec.name, vector[slot.spec.name]
             for rank, start, end in self._overlaps(slot):
-                try:
-                    source = self._file(rank).get_slice(name)
-                except LmcError:
-                    raise
-                except Exception as error:
-                    raise LmcError(f"{self.what}: rank {rank}'s file lacks tensor '{name}' ({error})") from None
-                if source.get_shape() != [end - start]:
-                    raise LmcError(
-                        f"{self.what}: tensor '{name}' of rank {rank} has {source.get_shape()} elements, "
-                        f"world size {self.world_size} needs {end - start}: a file of another world size?"
-                    )
                 low, high = max(start, slot.start), min(end, slot.end)
-                target[low - slot.start : high - slot.start] = source[low - start : high - start]
+                target[low - slot.start : high - slot.start] = self._piece(rank, name, end - start)[
+                    low - start : high - start
+                ]
             if not bool(torch.isfinite(target).all()):
                 raise LmcError(
                     f"{self.what}: tensor '{name}' holds NaN or infinity in elements {slot.start}:{slot.end}"
                 )
         return vector
+
+    def _piece(self, rank: int, name: str, numel: int) -> Any:
+        """A writer's shard, to be sliced: not read before that where it is not compressed."""
+        compressed = self._file(rank).metadata().get("compression", "none") != "none"
+        if name not in self._tables[rank]:
+            raise LmcError(f"{self.what}: rank {rank}'s file lacks tensor '{name}'")
+        piece = self._whole(rank, name) if compressed else self._file(rank).get_slice(name)
+        shape = list(piece.shape) if isinstance(piece, torch.Tensor) else piece.get_shape()
+        if shape != [numel]:
+            raise LmcError(
+                f"{self.what}: tensor '{name}' of rank {rank} has {shape} elements, world size {self.world_size} "
+                f"needs {numel}: a file of another world size?"
+            )
+        return piece
 
     def apply_fixes(self, vector: ShardedVector) -> None:
         """Sets the elements that θ + u does not reproduce exactly (see `exact_update`)."""
@@ -169,10 +228,17 @@ class ShardReader:
             for key in keys:
                 name = key.removesuffix(FIX_INDEX)
                 slot = self.layout.slots[name]
-                index = self._file(rank).get_tensor(key)
-                value = self._file(rank).get_tensor(name + FIX_VALUE)
+                index, value = self._whole(rank, key), self._whole(rank, name + FIX_VALUE)
                 mine = (index >= slot.start) & (index < slot.end)
                 vector[name][index[mine] - slot.start] = value[mine].to(vector.flat.dtype)
+
+
+def rank_files(folder: Path, kind: str = "") -> Iterator[tuple[int, int]]:
+    """(rank, world size) of every file of a kind in a folder, by their names."""
+    pattern = re.compile(re.escape(rank_file(0, 0, kind)).replace("00000", r"(\d{5})"))
+    for path in sorted(folder.glob("*.safetensors")):
+        if match := pattern.fullmatch(path.name):
+            yield int(match.group(1)), int(match.group(2))
 
 
 def exact_update(theta: ShardedVector, after: ShardedVector) -> dict[str, torch.Tensor]:
@@ -193,85 +259,3 @@ def exact_update(theta: ShardedVector, after: ShardedVector) -> dict[str, torch.
             tensors[name + FIX_INDEX] = wrong + slot.start
             tensors[name + FIX_VALUE] = target[wrong]
     return tensors
-
-
-def save_snapshot(
-    folder: Path,
-    vectors: Mapping[str, ShardedVector],
-    meta: Mapping[str, Any],
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """θ and optimizer state of one step through torch.distributed.checkpoint, promoted by rename. Collective.
-
-    `vectors` maps `theta`, `exp_avg`, … to sharded vectors; entries of the checkpoint are flat 1-D tensors
-    `KIND/PARAMETER`, sharded over the ranks, in safetensors files (DCP's own format would be pickle).
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
-
-    rank, _ = group_rank(group)
-    part = folder.with_name(folder.name + ".part")
-    with agreement(group):
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-    state = {
-        f"{kind}/{name}": tensor for kind, vector in vectors.items() for name, tensor in flat_tensors(vector).items()
-    }
-    dcp.save(
-        state,
-        storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
-        process_group=group,
-    )
-    with agreement(group):
-        if rank == 0:
-            for path in part.iterdir():
-                fsync_path(path)
-            write_json(part / "meta.json", {**meta, "kinds": sorted(vectors)})
-            part.replace(folder)
-            fsync_path(folder.parent)
-
-
-def load_snapshot(folder: Path, layout: ShardLayout, kinds: list[str], dtype: torch.dtype) -> dict[str, ShardedVector]:
-    """Vectors of a snapshot at this rank's layout, whatever the writer's world size. Collective."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-
-    vectors = {kind: ShardedVector.zeros(layout, dtype) for kind in kinds}
-    state = {
-        f"{kind}/{name}": tensor for kind, vector in vectors.items() for name, tensor in flat_tensors(vector).items()
-    }
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=layout.group)
-    for kind, vector in vectors.items():
-        for name, target in vector.items():
-            tensor = state[f"{kind}/{name}"]
-            target.copy_(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
-    return vectors
-
-
-def flat_tensors(vector: ShardedVector) -> dict[str, torch.Tensor]:
-    """The vector as 1-D DTensors, one a parameter, sharing memory with it; plain tensors without a process group."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    layout = vector.layout
-    if layout.rule != "zero3":
-        raise LmcError(f"snapshots of '{layout.rule}' shards are not available yet")
-    if not dist.is_initialized():
-        return dict(vector.items())
-    mesh = (
-        DeviceMesh.from_group(layout.group, "cpu")
-        if layout.group is not None
-        else DeviceMesh("cpu", list(range(layout.world_size)))
-    )
-    return {
-        slot.spec.name: DTensor.from_local(
-            vector[slot.spec.name],
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=torch.Size([slot.spec.numel]),
-            stride=(1,),
-        )
-        for slot in layout
-    }

@@ -23,12 +23,22 @@ from lmc_dist.shards.fingerprint import model_config, model_fingerprint, paramet
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import get_rng_state
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.passes import Pass, clip_coefficient, gather_to_main, merge_passes, step_statistics
-from lmc_dist.trajectory.record import LossNormalization, StepRecord, TrajectoryManifest
-from lmc_dist.trajectory.store import LogWriter, TrajectoryLog
+from lmc_dist.trajectory.codec import COMPRESSIONS
+from lmc_dist.trajectory.passes import (
+    BATCH_INPUTS,
+    Pass,
+    batch_samples,
+    clip_coefficient,
+    gather_to_main,
+    merge_passes,
+    step_statistics,
+)
+from lmc_dist.trajectory.record import TIERS, LossNormalization, StepRecord, TrajectoryManifest
+from lmc_dist.trajectory.resume import resume
+from lmc_dist.trajectory.store import TrajectoryLog
+from lmc_dist.trajectory.writer import LogWriter
 
-STORAGE = ("replay", "update")
-PLANNED_STORAGE = ("gradient", "full")
+STORED_DTYPES = ("float32", "bfloat16")
 IGNORED = -100
 
 
@@ -39,6 +49,7 @@ class _Attached:
     shards: ZeRO3Shards
     writer: LogWriter
     before: ShardedVector
+    gradient: ShardedVector | None = None
     passes: list[Pass] = field(default_factory=list)
     undo: list[Any] = field(default_factory=list)
 
@@ -49,9 +60,16 @@ class TrainingLogger:
     Args:
         log_dir: New or empty directory, shared by all ranks.
         max_steps: Ring: tensors of the last `max_steps` steps are kept; None keeps all.
-        mode: Storage tier: `replay` (ids, random state, snapshots) or `update` (also u_s).
+        mode: Storage tier: `replay` (ids, random state, snapshots), `update` (also u_s), `gradient` (also g_s) or
+            `full` (g_s and θ_{s+1}, which holds u_s).
         save_interval: Steps between snapshots; None keeps the first and the last only.
-        save_batch_data: Not available yet; ids are logged and the samples are found again in the dataset.
+        save_batch_data: Keep the tokens of every sample, once, so that unlearning needs no dataset.
+        update_dtype: `float32` keeps every θ_s to the bit; `bfloat16` halves u_s, and what is rounded away is added to
+            the next step's, so that θ_s is never off by more than one update's rounding.
+        gradient_dtype: `float32`, or `bfloat16` rounded to nearest.
+        compression: `none`, or `zstd` of the tensors' shuffled bytes.
+        buffer_mb: Memory (MiB) of each rank for steps that wait to be written; training waits when it is full.
+        resume: Continue the run whose log is in `log_dir`, from its last snapshot; begin it where there is none.
         dataset_fingerprint: Digest of the training data, compared before a later deletion.
         loss_normalization: What the loss of a step is (docs/method.md §1); checked at every step where it can be.
         run: Free-form JSON about the run, such as its configuration.
@@ -67,32 +85,54 @@ class TrainingLogger:
         mode: str = "update",
         save_interval: int | None = 50,
         save_batch_data: bool = False,
+        update_dtype: str = "float32",
+        gradient_dtype: str = "float32",
+        compression: str = "none",
+        buffer_mb: float = 512,
+        resume: bool = False,
         dataset_fingerprint: str | None = None,
         loss_normalization: LossNormalization = "global_token_mean",
         run: dict[str, Any] | None = None,
     ) -> None:
-        if mode in PLANNED_STORAGE:
-            raise LmcError(f"log storage '{mode}' is not available yet; available: {', '.join(STORAGE)}")
-        if mode not in STORAGE:
-            raise LmcError(f"unknown log storage '{mode}'; available: {', '.join(STORAGE)}")
-        if save_batch_data:
-            raise LmcError("save_batch_data is not available yet: sample ids are logged, keep the dataset")
-        for name, value in (("max_steps", max_steps), ("save_interval", save_interval)):
-            if value is not None and value < 1:
-                raise LmcError(f"{name} must be at least 1 or null, got {value}")
+        choices = {
+            "log storage": (mode, tuple(TIERS)),
+            "update_dtype": (update_dtype, STORED_DTYPES),
+            "gradient_dtype": (gradient_dtype, STORED_DTYPES),
+            "compression": (compression, COMPRESSIONS),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise LmcError(f"unknown {name} '{value}'; available: {', '.join(known)}")
+        for name, value, kind in (
+            ("update_dtype", update_dtype, "update"),
+            ("gradient_dtype", gradient_dtype, "gradient"),
+        ):
+            if value != "float32" and kind not in TIERS[mode]:
+                raise LmcError(f"{name}={value} has no effect: log storage '{mode}' keeps no {kind}s; leave it out")
+        if not buffer_mb > 0:
+            raise LmcError(f"buffer_mb must be above 0, got {buffer_mb}")
+        for name, number in (("max_steps", max_steps), ("save_interval", save_interval)):
+            if number is not None and number < 1:
+                raise LmcError(f"{name} must be at least 1 or null, got {number}")
         if max_steps is not None and save_interval is None:
             raise LmcError("a ring (max_steps) needs save_interval: what is left must start at a snapshot")
         self.log_dir = Path(log_dir)
         self.max_steps, self.mode, self.save_interval = max_steps, mode, save_interval
+        self.save_batch_data, self.buffer_mb, self.resume = save_batch_data, buffer_mb, resume
+        self.update_dtype, self.gradient_dtype, self.compression = update_dtype, gradient_dtype, compression
         self.dataset_fingerprint, self.run = dataset_fingerprint, run or {}
         self.loss_normalization = loss_normalization
         self.epoch = 0.0
         self.step = 0
         self._attached: _Attached | None = None
         self._automatic = True
+        self._sent: set[tuple[int, int]] = set()  # samples whose tokens are with rank 0 already
 
     def attach(self, model: Any, optimizer: Any = None, automatic: bool = True) -> None:
         """Starts logging: writes the manifest and θ_0, installs the hooks. Collective.
+
+        With `resume` the engine's weights and optimizer state are set to those of the log's last snapshot, and `step`
+        says where the run continues; the training loop skips the steps before it.
 
         Args:
             model: The DeepSpeed engine, or its module with `optimizer` given.
@@ -105,19 +145,29 @@ class TrainingLogger:
         if self._attached is not None:
             raise LmcError("the logger is already attached to an engine")
         shards = engine_shards(model, optimizer)
+        if not isinstance(shards, ZeRO3Shards):
+            raise LmcError(f"training under {shards.name} cannot be logged yet, only DeepSpeed ZeRO-3")
         if odd := {str(p.dtype) for p in shards.parameters.values()} - {"torch.float32"}:
             raise LmcError(f"training in {', '.join(sorted(odd))} cannot be logged yet, only float32")
         manifest = self._manifest(shards)
-        writer = LogWriter(self.log_dir, manifest, shards.layout)
-        attached = _Attached(shards, writer, shards.read())
+        resumed = resume(self.log_dir, manifest, shards.layout) if self.resume else None
+        if resumed is not None:
+            self.step = resumed.step
+            shards.write(resumed.vectors.pop("theta"))
+            shards.write_state(resumed.vectors, resumed.scalars)
+        before = shards.read()
+        start = before if resumed is None else resumed.followed
+        writer = LogWriter(self.log_dir, manifest, shards.layout, int(self.buffer_mb * 2**20), start, resumed)
+        attached = _Attached(shards, writer, before)
         self._attached, self._automatic = attached, automatic
-        self._snapshot(attached, 0, checksum(attached.before))
+        self._snapshot(attached, self.step)
+        writer.finish()
         module = shards.module
         attached.undo.append(
             module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True).remove
         )
         attached.undo.append(module.register_forward_hook(self._after_forward, with_kwargs=True).remove)
-        if automatic:
+        if automatic or "gradient" in TIERS[self.mode]:
             self._wrap_step(attached)
 
     def _manifest(self, shards: ZeRO3Shards) -> TrajectoryManifest:
@@ -146,6 +196,10 @@ class TrainingLogger:
             storage=self.mode,
             save_interval=self.save_interval,
             max_steps=self.max_steps,
+            update_dtype=self.update_dtype,
+            gradient_dtype=self.gradient_dtype,
+            compression=self.compression,
+            save_batch_data=self.save_batch_data,
             run=self.run,
             versions=package_versions(),
         )
@@ -165,6 +219,7 @@ class TrainingLogger:
                     num_targets=0 if labels is None else int((labels[:, 1:] != IGNORED).sum()),
                     num_items=None if items is None else float(items),
                     random_state=get_rng_state(self._device(kwargs)),
+                    inputs={name: kwargs[name] for name in BATCH_INPUTS if torch.is_tensor(kwargs.get(name))},
                 )
             )
         return args, kwargs
@@ -190,8 +245,11 @@ class TrainingLogger:
 
         def step(*args: Any, **kwargs: Any) -> Any:
             lrs = tuple(float(group["lr"]) for group in optimizer.optimizer.param_groups)
+            if "gradient" in TIERS[self.mode]:
+                attached.gradient = read_gradient(attached.shards)
             result = original(*args, **kwargs)
-            self._register(attached, self.step, lrs, None)
+            if self._automatic:
+                self._register(attached, self.step, lrs, None)
             return result
 
         optimizer.step = step
@@ -201,14 +259,14 @@ class TrainingLogger:
         """Records a step that does not happen: a reference run leaves it out. Collective."""
         attached = self._require_attached()
         total = checksum(attached.before)
+        lrs = tuple(float(group["lr"]) for group in attached.shards.optimizer.optimizer.param_groups)
+        record = StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False, checksum=total)
+        attached.writer.store(self.step, attached.before, attached.before, None, False)
+        reports = gather_to_main(attached.writer.report(), attached.shards.layout)
         with agreement(attached.shards.layout.group):
             if attached.shards.layout.rank == 0:
-                lrs = tuple(float(group["lr"]) for group in attached.shards.optimizer.optimizer.param_groups)
-                attached.writer.write_row(
-                    StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False, checksum=total),
-                    None,
-                )
-        self._finish_step(attached, self.step, total)
+                attached.writer.commit(record, reports)
+        self._finish_step(attached, self.step)
 
     def register_step(
         self, step_id: int, batch_id: int, eta: float, model: Any, batch_data: dict[str, Any] | None = None
@@ -255,20 +313,26 @@ class TrainingLogger:
         after = shards.read()
         grad_norm = shards.grad_norm
         update = after - attached.before
-        total, stats = step_statistics(update, after, attached.passes, layout)
+        flags = (attached.writer.failed, attached.writer.snapshot_done)
+        total, stats = step_statistics(update, after, attached.passes, layout, flags)
+        if any(failed for failed, _ in stats["flags"]):
+            attached.writer.raise_error()
         u_norm = stats["u_square"] ** 0.5
         # Without a gradient nothing happened, unless the optimizer carries momentum or counts its steps.
         applied = shards.applied and (grad_norm != 0 or u_norm > 0 or shards.has_state)
         self._check(step, applied and grad_norm != 0, u_norm, lrs, stats, layout)
-        tensors = None
+        attached.writer.store(step, attached.before, after, attached.gradient, applied)
         with agreement(layout.group):
-            if self.mode == "update" and applied:
-                tensors = attached.writer.write_update(step, attached.before, after)
-        wires = gather_to_main([p.to_wire() for p in attached.passes], layout)
+            wire = {
+                "passes": [p.to_wire() for p in attached.passes],
+                "report": attached.writer.report(),
+                "samples": self._new_samples(attached.passes),
+            }
+        wires = gather_to_main(wire, layout)
         error = None
         if layout.rank == 0:
             try:
-                micros, denominator, loss = merge_passes(wires, self.loss_normalization)
+                micros, denominator, loss = merge_passes([w["passes"] for w in wires], self.loss_normalization)
                 record = StepRecord(
                     step=step,
                     batch_id=batch_id,
@@ -283,18 +347,39 @@ class TrainingLogger:
                     u_norm=u_norm,
                     checksum=total,
                 )
-                attached.writer.write_row(record, tensors)
+                samples = [sample for w in wires for sample in w["samples"]]
+                attached.writer.commit(record, [w["report"] for w in wires], samples)
             except Exception as caught:
                 error = caught
         agree(error, layout.group)
-        attached.before = after
+        attached.before, attached.gradient = after, None
         attached.passes.clear()
-        self._finish_step(attached, step, total)
+        if all(done for _, done in stats["flags"]):
+            attached.writer.finish_snapshot()
+        self._finish_step(attached, step)
 
-    def _finish_step(self, attached: _Attached, step: int, total: str) -> None:
+    def _new_samples(self, passes: list[Pass]) -> list[dict[str, Any]]:
+        """The samples of the passes that this rank has not sent yet; the others are checked against those. Local."""
+        if not self.save_batch_data:
+            return []
+        found = []
+        for seen in passes:
+            if not seen.sample_ids:  # a filler
+                continue
+            samples = batch_samples(seen.inputs)
+            if len(samples) != len(seen.sample_ids):
+                raise LmcError("save_batch_data needs the id of every sample in the batch")
+            for sample_id, sample in zip(seen.sample_ids, samples, strict=True):
+                key = (sample_id, hash((tuple(sample["input_ids"]), tuple(sample["labels"]))))
+                if key not in self._sent:
+                    self._sent.add(key)
+                    found.append({"id": sample_id, **sample})
+        return found
+
+    def _finish_step(self, attached: _Attached, step: int) -> None:
         self.step = step + 1
         if self.save_interval is not None and self.step % self.save_interval == 0:
-            self._snapshot(attached, self.step, total)
+            self._snapshot(attached, self.step)
 
     def _check(
         self,
@@ -315,11 +400,9 @@ class TrainingLogger:
                 "accelerator_config={'use_configured_state': True}"
             )
 
-    def _snapshot(self, attached: _Attached, step: int, total: str) -> None:
+    def _snapshot(self, attached: _Attached, step: int) -> None:
         state, scalars = attached.shards.read_state()
-        attached.writer.snapshot(step, {"theta": attached.before, **state}, scalars, total)
-        with agreement(attached.shards.layout.group):
-            attached.writer.trim(step - 1)
+        attached.writer.snapshot(step, {"theta": attached.before, **state}, scalars)
 
     def _require_attached(self) -> _Attached:
         if self._attached is None:
@@ -327,17 +410,18 @@ class TrainingLogger:
         return self._attached
 
     def save_to_disk(self) -> Path:
-        """Writes the snapshot of the present weights, so that the log ends with θ_τ; returns log_dir. Collective."""
+        """Writes the snapshot of the present weights and waits until all is on disk; returns log_dir. Collective."""
         attached = self._require_attached()
-        self._snapshot(attached, self.step, checksum(attached.before))
+        self._snapshot(attached, self.step)
+        attached.writer.finish()
         return self.log_dir
 
     def load_from_disk(self) -> TrajectoryLog:
-        """The log as written so far, opened for reading."""
+        """The log as far as it is on disk (all of it after `save_to_disk`), opened for reading."""
         return TrajectoryLog(self.log_dir)
 
     def close(self) -> None:
-        """Final snapshot, then removes the hooks. Collective; does nothing when not attached."""
+        """Final snapshot, waits until all is on disk, removes the hooks. Collective; does nothing when not attached."""
         if self._attached is None:
             return
         self.save_to_disk()
@@ -361,6 +445,16 @@ def parameter_groups(shards: ZeRO3Shards) -> dict[str, int]:
         sub_group = o.grad_position[o.get_param_id(parameter)][0]
         groups[name] = int(o.sub_group_to_group_id[sub_group])
     return groups
+
+
+def read_gradient(shards: ZeRO3Shards) -> ShardedVector:
+    """g_s, between the last backward pass and the optimizer's step: reduced over ranks, unscaled, unclipped. Local."""
+    o = shards.optimizer
+    pieces = {}
+    for name, parameter in shards.parameters.items():
+        gradient = o.get_local_fp32_grad_for_param(parameter).view(-1)[: shards.layout.slots[name].local_numel]
+        pieces[name] = gradient.float().div(float(o.loss_scale)).cpu()
+    return ShardedVector.from_shards(shards.layout, pieces)
 
 
 def package_versions() -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class Pass:
     drew_random: bool = False
     loss: torch.Tensor | None = None
     seed: torch.Tensor | None = None
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int | None:
+        return len(self.inputs["input_ids"]) if "input_ids" in self.inputs else None
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -36,17 +42,56 @@ class Pass:
             "loss": None if self.loss is None else float(self.loss),
             "seed": None if self.seed is None else float(self.seed),
             "state": self.random_state.cpu().numpy().tobytes() if self.drew_random else None,
+            # a pass whose ids are not those of its rows (a filler, a masked reference) cannot be regenerated from ids
+            "digest": batch_digest(self.inputs) if self.num_rows == len(self.sample_ids) else None,
         }
 
 
+# What the model sees of a sample.
+BATCH_INPUTS = ("input_ids", "attention_mask", "labels")
+
+
+def batch_digest(inputs: Mapping[str, torch.Tensor]) -> str:
+    """BLAKE2b-64 of the tokens, mask and labels that the model sees in one pass, padding included."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for name in BATCH_INPUTS:
+        if name in inputs:
+            tensor = inputs[name].to("cpu", torch.int64).contiguous()
+            hasher.update(f"{name}{tuple(tensor.shape)}".encode())
+            hasher.update(tensor.numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def batch_samples(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """The samples of a batch without their padding: `input_ids`, `labels`, and the token that `pad`s (None: nothing).
+
+    Raises:
+        LmcError: Padding on the left or in the middle: where it lies could not be told again from the tokens.
+    """
+    if missing := [name for name in BATCH_INPUTS if name not in inputs]:
+        raise LmcError(f"save_batch_data needs {', '.join(BATCH_INPUTS)} in every batch, and {missing[0]} is missing")
+    samples = []
+    for ids, mask, labels in zip(*(inputs[name].tolist() for name in BATCH_INPUTS), strict=True):
+        length = sum(mask)
+        if mask != [1] * length + [0] * (len(mask) - length):
+            raise LmcError("save_batch_data needs batches that are padded on the right")
+        pad = ids[length] if length < len(ids) else None
+        samples.append({"input_ids": ids[:length], "labels": labels[:length], "pad": pad})
+    return samples
+
+
 def step_statistics(
-    update: ShardedVector, after: ShardedVector, passes: list[Pass], layout: ShardLayout
+    update: ShardedVector,
+    after: ShardedVector,
+    passes: list[Pass],
+    layout: ShardLayout,
+    flags: Sequence[bool] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """(checksum of θ_{s+1}, ‖u‖² and whether all ranks saw the same ids), equal on all ranks. One all-gather."""
+    """(checksum of θ_{s+1}; ‖u‖², whether all ranks saw the same ids, their flags), equal on all ranks. One all-gather."""
     ids = repr([p.sample_ids for p in passes]).encode()
     digest = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big", signed=True)
     square = torch.tensor([local_dot(update.flat, update.flat)], dtype=torch.float64).view(torch.int64)
-    mine = torch.cat([local_checksum(after).cpu(), square, torch.tensor([digest, int(bool(ids != b"[]"))])])
+    mine = torch.cat([local_checksum(after).cpu(), square, torch.tensor([digest, *map(int, flags)])])
     rows = mine[None]
     if layout.world_size > 1:
         gathered = [torch.empty_like(mine) for _ in range(layout.world_size)]
@@ -56,6 +101,7 @@ def step_statistics(
     return format_checksum(rows[:, :2].sum(0)), {
         "u_square": float(rows[:, 2].contiguous().view(torch.float64).sum()),
         "same_ids": seen and len(set(rows[:, 3].tolist())) == 1,
+        "flags": [tuple(map(bool, row)) for row in rows[:, 4:].tolist()],
     }
 
 
@@ -105,7 +151,8 @@ def merge_passes(
         # The engine averages over ranks, so a sum over them needs a loss multiplied by their number.
         check_seeds(passes, len(ranks) if normalization == "global_token_mean" else 1 / micro_steps)
     records = tuple(
-        MicroRecord(r, m, tuple(p["ids"]), d, p["state"]) for (r, m, p), d in zip(passes, denominators, strict=True)
+        MicroRecord(r, m, tuple(p["ids"]), d, p["state"], p["digest"])
+        for (r, m, p), d in zip(passes, denominators, strict=True)
     )
     losses = [p["loss"] for _, _, p in passes]
     if None in losses:
@@ -132,6 +179,6 @@ def check_seeds(passes: list[tuple[int, int, dict[str, Any]]], expected: float) 
 
 def clip_coefficient(grad_norm: float | None, max_grad_norm: float) -> float:
     """What clipping multiplied the gradient by, as DeepSpeed computes it."""
-    if not max_grad_norm or grad_norm is None:
+    if not max_grad_norm or grad_norm is None or grad_norm != grad_norm:
         return 1.0
     return 1.0 / max((grad_norm + 1e-6) / max_grad_norm, 1.0)

@@ -14,7 +14,15 @@ from lmc_dist.errors import LmcError
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# Storage tier → the vectors it keeps of each step: u_s, g_s, θ_{s+1} (which makes u_s redundant).
+TIERS: dict[str, tuple[str, ...]] = {
+    "replay": (),
+    "update": ("update",),
+    "gradient": ("update", "gradient"),
+    "full": ("theta", "gradient"),
+}
 
 # What the summed loss of a pass is divided by: the target tokens of the global batch; its own target tokens times the
 # number of passes; or a number the training loop chose and the logger took as given.
@@ -31,6 +39,7 @@ class MicroRecord:
         sample_ids: The dataset's own ids, in the order the model saw them; empty for a filler pass.
         denominator: What the summed loss of this pass was divided by, so that L_s = Σ_passes Σ_i nll_i / denominator.
         random_state: Generator state before the pass; None when the pass drew no random number.
+        digest: Of the tensors the model saw (`passes.batch_digest`); None where the pass is not data's own.
     """
 
     rank: int
@@ -38,11 +47,16 @@ class MicroRecord:
     sample_ids: tuple[int, ...]
     denominator: float
     random_state: bytes | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step (docs/log_format.md)."""
+    """One optimizer step (docs/log_format.md).
+
+    `checksum` is that of θ_{s+1}; `log_checksum` that of the θ_{s+1} which following the logged updates gives. They
+    differ where updates are stored in bfloat16.
+    """
 
     step: int
     batch_id: int
@@ -56,6 +70,7 @@ class StepRecord:
     applied: bool = True
     u_norm: float | None = None
     checksum: str | None = None
+    log_checksum: str | None = None
 
     @property
     def sample_ids(self) -> tuple[int, ...]:
@@ -81,6 +96,10 @@ class TrajectoryManifest:
     max_steps: int | None
     partition: str = "zero3"
     dtype: str = "float32"
+    update_dtype: str = "float32"
+    gradient_dtype: str = "float32"
+    compression: str = "none"
+    save_batch_data: bool = False
     run: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION

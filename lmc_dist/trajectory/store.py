@@ -1,172 +1,46 @@
-"""The log on disk (docs/log_format.md): written by all ranks, read at any world size.
-
-Rank 0 alone writes the manifest and the step table; every rank writes its own tensors. A row of the table is written
-after all ranks' tensors of that step are on disk, so a row means a whole step.
-"""
+"""The log on disk (docs/log_format.md), opened for reading at any world size."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shutil
 import sqlite3
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
+from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import AgreedError, agreement
 from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.files import (
-    ShardReader,
-    exact_update,
-    load_snapshot,
-    read_json,
-    save_snapshot,
-    write_json,
-    write_shard_file,
+from lmc_dist.trajectory.files import MANIFEST_FILE, ShardReader, rank_files, read_json, step_folder
+from lmc_dist.trajectory.record import SCHEMA_VERSION, TIERS, StepRecord, TrajectoryManifest
+from lmc_dist.trajectory.snapshots import META_FILE, read_snapshot, snapshot_folder, snapshot_steps
+from lmc_dist.trajectory.table import TABLE_FILE, Digests, decode_row, decode_tokens, read_rows
+
+# What says how a run was kept, not which run it is: pruning changes it, the log's fingerprint does not depend on it.
+_STORAGE_FIELDS = (
+    "storage",
+    "save_interval",
+    "max_steps",
+    "partition",
+    "update_dtype",
+    "gradient_dtype",
+    "compression",
 )
-from lmc_dist.trajectory.record import SCHEMA_VERSION, MicroRecord, StepRecord, TrajectoryManifest
-
-_SCHEMA = """
-CREATE TABLE steps (
-    step INTEGER PRIMARY KEY, batch_id INTEGER NOT NULL, epoch REAL NOT NULL, micro_steps INTEGER NOT NULL,
-    lr TEXT NOT NULL, loss REAL, denominator REAL NOT NULL, grad_norm REAL, clip_coef REAL NOT NULL,
-    applied INTEGER NOT NULL, micro_batches TEXT NOT NULL, random_state BLOB, u_norm REAL, checksum TEXT NOT NULL,
-    tensors TEXT)
-"""
-
-
-def step_folder(step: int) -> str:
-    return f"steps/step-{step:08d}"
-
-
-def snapshot_folder(step: int) -> str:
-    return f"snapshots/step-{step}"
-
-
-class LogWriter:
-    """Appends steps to a new log directory. All ranks construct it and call every method together.
-
-    Args:
-        log_dir: A directory that does not exist yet, or is empty.
-        manifest: Written first.
-        layout: Layout of the vectors that will be passed.
-    """
-
-    def __init__(self, log_dir: str | Path, manifest: TrajectoryManifest, layout: ShardLayout) -> None:
-        self.path, self.manifest, self.layout = Path(log_dir), manifest, layout
-        self._database: sqlite3.Connection | None = None
-        self._snapshots: set[int] = set()
-        with agreement(layout.group):
-            if layout.rank == 0:
-                if self.path.exists() and any(self.path.iterdir()):
-                    raise LmcError(f"log_dir {self.path} is not empty: choose another, or remove the old log first")
-                (self.path / "snapshots").mkdir(parents=True)
-                (self.path / "steps").mkdir()
-                write_json(self.path / "manifest.json", manifest.to_json())
-                self._database = sqlite3.connect(self.path / "steps.sqlite")
-                self._database.execute(_SCHEMA)
-                self._database.commit()
-
-    def snapshot(self, step: int, vectors: dict[str, ShardedVector], scalars: dict[str, Any], checksum: str) -> None:
-        """θ_step (`theta`) and optimizer state. Collective."""
-        if step in self._snapshots:
-            return
-        folder = self.path / snapshot_folder(step)
-        self._snapshots.add(step)
-        save_snapshot(folder, vectors, {"step": step, "checksum": checksum, "scalars": scalars}, self.layout.group)
-
-    def write_update(self, step: int, before: ShardedVector, after: ShardedVector) -> str:
-        """This rank's u_step; returns where all ranks' tensors of the step lie. Local."""
-        folder = step_folder(step)
-        write_shard_file(self.path / folder, self.layout, exact_update(before, after), {"step": str(step)})
-        return folder
-
-    def write_row(self, record: StepRecord, tensors: str | None) -> None:
-        """One transaction; call on rank 0 after all ranks' tensors are on disk."""
-        assert self._database is not None
-        states = [micro.random_state for micro in record.micro_batches if micro.random_state is not None]
-        row = {
-            "step": record.step,
-            "batch_id": record.batch_id,
-            "epoch": record.epoch,
-            "micro_steps": 1 + max((micro.micro_step for micro in record.micro_batches), default=-1),
-            "lr": json.dumps(record.lr),
-            "loss": record.loss,
-            "denominator": record.denominator,
-            "grad_norm": record.grad_norm,
-            "clip_coef": record.clip_coef,
-            "applied": int(record.applied),
-            "micro_batches": json.dumps(
-                [
-                    {
-                        "rank": m.rank,
-                        "micro_step": m.micro_step,
-                        "denominator": m.denominator,
-                        "ids": m.sample_ids,
-                        "random": m.random_state is not None,
-                    }
-                    for m in record.micro_batches
-                ]
-            ),
-            "random_state": zlib.compress(b"".join(states)) if states else None,
-            "u_norm": record.u_norm,
-            "checksum": record.checksum,
-            "tensors": tensors,
-        }
-        columns = ", ".join(row)
-        marks = ", ".join(f":{key}" for key in row)
-        with self._database:
-            self._database.execute(f"INSERT INTO steps ({columns}) VALUES ({marks})", row)
-
-    def trim(self, last_step: int) -> None:
-        """Deletes what fell out of the ring: tensors and snapshots that no remaining step needs. Rank 0."""
-        if self.manifest.max_steps is None or self.layout.rank != 0:
-            return
-        window_start = last_step - self.manifest.max_steps + 1
-        usable = [step for step in snapshot_steps(self.path) if step <= window_start]
-        if not usable:
-            return
-        first_kept = max(usable)
-        for step in usable:
-            if step < first_kept:  # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
-                doomed = self.path / "snapshots" / f"deleted-{step}"
-                (self.path / snapshot_folder(step)).rename(doomed)
-                shutil.rmtree(doomed)
-        assert self._database is not None
-        rows = self._database.execute("SELECT step FROM steps WHERE tensors IS NOT NULL AND step < ?", (first_kept,))
-        for (step,) in rows.fetchall():
-            with self._database:
-                self._database.execute("UPDATE steps SET tensors = NULL WHERE step = ?", (step,))
-            shutil.rmtree(self.path / step_folder(step), ignore_errors=True)
-
-    def close(self) -> None:
-        if self._database is not None:
-            self._database.close()
-            self._database = None
-
-
-def snapshot_steps(log_dir: Path) -> list[int]:
-    """Steps N of the whole snapshots θ_N, ascending."""
-    folders = (log_dir / "snapshots").glob("step-*")
-    numbers = (re.fullmatch(r"step-(\d+)", folder.name) for folder in folders if (folder / "meta.json").is_file())
-    return sorted(int(m.group(1)) for m in numbers if m)
 
 
 class TrajectoryLog:
     """A log opened for reading, at the world size of `group`, whatever the writer's was.
 
-    All ranks open it together (no collective); `theta` and `advance` are collective, the rest is local.
+    All ranks open it together (no collective); `theta`, `advance`, `snapshot` are collective, the rest is local.
+    A log that is being written, or whose writer was killed, opens with the steps that are whole.
 
     Raises:
         LmcError: Missing or damaged manifest or step table, gaps, unknown schema.
@@ -176,35 +50,20 @@ class TrajectoryLog:
         self.path = Path(log_dir)
         if not (self.path / "manifest.json").is_file():
             raise LmcError(f"no trajectory log in '{self.path}': manifest.json is missing")
-        values = read_json(self.path / "manifest.json")
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA_VERSION:
-            schema = values.get("schema") if isinstance(values, dict) else None
-            raise LmcError(f"{self.path}/manifest.json has schema {schema}, this version reads {SCHEMA_VERSION}")
-        try:
-            self.manifest = TrajectoryManifest(**values)
-        except TypeError as error:
-            raise LmcError(f"{self.path}/manifest.json is damaged: {error}") from None
+        self.manifest = read_manifest(self.path)
         self.layout = ShardLayout.of_table(self.manifest.parameters, group)
         self.dtype: torch.dtype = getattr(torch, self.manifest.dtype)
-        self._records = self._read_records()
-        self.snapshots = snapshot_steps(self.path)
-
-    def _read_records(self) -> list[StepRecord]:
-        path = self.path / "steps.sqlite"
-        if not path.is_file():
-            raise LmcError(f"{path} is missing: the log is incomplete")
-        try:
-            rows = read_rows(path)
-            self._tensors = {row["step"]: row["tensors"] for row in rows}
-            records = [read_row(row) for row in rows]
-        except (sqlite3.DatabaseError, KeyError, IndexError, ValueError, zlib.error) as error:
-            raise LmcError(f"{path} is damaged: {error}") from None
-        if not records:
-            raise LmcError(f"{path} holds no step: nothing was trained")
-        missing = set(range(len(records))) - {record.step for record in records}
-        if missing:
-            raise LmcError(f"{path} lacks step {min(missing)}: the log has a gap and cannot be used past it")
-        return records
+        rows = readable_rows(self.path)
+        if not rows:
+            raise LmcError(f"{self.path / TABLE_FILE} holds no step: nothing was trained")
+        if missing := set(range(len(rows))) - set(rows):
+            raise LmcError(
+                f"{self.path / TABLE_FILE} lacks step {min(missing)}: the log has a gap and cannot be used past it"
+            )
+        self._records = [rows[step][0] for step in range(len(rows))]
+        self._digests = {step: digests for step, (_, digests) in rows.items()}
+        # One may have been finished since the table was read.
+        self.snapshots = [step for step in snapshot_steps(self.path) if step <= len(rows)]
 
     @property
     def num_steps(self) -> int:
@@ -217,8 +76,9 @@ class TrajectoryLog:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the manifest and all step checksums: which run this is."""
-        digest = hashlib.blake2b(json.dumps(self.manifest.to_json(), sort_keys=True).encode(), digest_size=16)
+        """Digest of the manifest and all step checksums: which run this is, however it is stored."""
+        run = {key: value for key, value in self.manifest.to_json().items() if key not in _STORAGE_FIELDS}
+        digest = hashlib.blake2b(json.dumps(run, sort_keys=True).encode(), digest_size=16)
         for record in self._records:
             digest.update(str(record.checksum).encode())
         return digest.hexdigest()
@@ -250,9 +110,19 @@ class TrajectoryLog:
                 f"log {self.path} has storage 'replay', which keeps no updates u_s to propagate along: "
                 "use replay_head=all, or train with log.storage=update"
             )
-        for step in range(self.nearest_snapshot(first_step), self.num_steps):
+        kind = self._followed_kind
+        for step in range(self.nearest_anchor(first_step), self.num_steps):
             if self.record(step).applied:
-                self._reader(step).check()
+                self._reader(step, kind).check()
+
+    def kinds(self, step: int) -> Digests:
+        """Which vectors of a step are kept (`update`, `gradient`, `theta`), with the digests of their files by rank."""
+        return self._digests[step] or {}
+
+    def missing(self) -> dict[int, str]:
+        """Steps whose tensors the table names and that are not all there, with what is missing. Looks at names only."""
+        found = {step: missing_files(self.path, step, self._digests[step]) for step in range(self.num_steps)}
+        return {step: problem for step, problem in found.items() if problem}
 
     def nearest_snapshot(self, step: int) -> int:
         """Latest snapshot N ≤ step."""
@@ -261,53 +131,120 @@ class TrajectoryLog:
             raise LmcError(f"no snapshot at or before step {step} in {self.path}: it fell out of the ring")
         return max(usable)
 
-    def _reader(self, step: int) -> ShardReader:
-        folder = self._tensors[step]
-        if folder != step_folder(step):  # never a path that a damaged or foreign table names
-            raise LmcError(f"the update of step {step} is not in log {self.path} (storage or ring)")
-        rule = self.manifest.partition
-        return ShardReader(self.path / folder, self.layout, rule, f"log {self.path}, step {step}")  # type: ignore[arg-type]
+    def nearest_anchor(self, step: int) -> int:
+        """Latest snapshot N ≤ step that following the log meets exactly; any, unless updates are stored rounded."""
+        for n in sorted((n for n in self.snapshots if n <= step), reverse=True):
+            log_checksum = self.record(n - 1).log_checksum if n > 0 else None
+            if (
+                log_checksum is None
+                or log_checksum == read_json(self.path / snapshot_folder(n) / META_FILE)["checksum"]
+            ):
+                return n
+        raise LmcError(f"no snapshot at or before step {step} in {self.path} that can be followed from")
+
+    @property
+    def _followed_kind(self) -> str:
+        return "theta" if "theta" in TIERS[self.manifest.storage] else "update"
+
+    def _reader(self, step: int, kind: str) -> ShardReader:
+        if kind not in self.kinds(step):
+            raise LmcError(f"the {kind} of step {step} is not in log {self.path} (storage or ring)")
+        rule, what = self.manifest.partition, f"log {self.path}, step {step}"
+        return ShardReader(self.path / step_folder(step), self.layout, rule, what, kind)  # type: ignore[arg-type]
 
     def update(self, step: int) -> ShardedVector:
-        """u_s = θ_{s+1} − θ_s; zero for a step that was not applied. Local."""
+        """u_s = θ_{s+1} − θ_s; zero for a step that was not applied. Collective in tier `full`, else local.
+
+        Rounded to bfloat16 where the log keeps it so, with the rounding of the steps before added to it.
+        """
         if not self.record(step).applied:
             return ShardedVector.zeros(self.layout, self.dtype)
-        return self._reader(step).read(self.dtype)
+        if self._followed_kind == "theta":
+            return self._reader(step, "theta").read(self.dtype) - self.theta(step)
+        return self._reader(step, "update").read(self.dtype)
+
+    def gradient(self, step: int) -> ShardedVector:
+        """g_s = ∇L_s(θ_s), unclipped; zero where there was none. Local.
+
+        Raises:
+            LmcError: The log's tier does not keep gradients.
+        """
+        if "gradient" not in TIERS[self.manifest.storage]:
+            raise LmcError(
+                f"log {self.path} has storage '{self.manifest.storage}', which keeps no gradients: train with "
+                "log.storage=gradient (or full)"
+            )
+        if not self.record(step).applied:
+            return ShardedVector.zeros(self.layout, self.dtype)
+        return self._reader(step, "gradient").read(self.dtype)
 
     def snapshot(self, step: int) -> tuple[dict[str, ShardedVector], dict[str, Any]]:
         """Vectors (`theta`, optimizer state) and scalars of snapshot N, verified. Collective."""
-        folder = self.path / snapshot_folder(step)
-        with agreement(self.layout.group):
-            meta = read_json(folder / "meta.json")
-        try:
-            vectors = load_snapshot(folder, self.layout, meta["kinds"], self.dtype)
-        except (Exception, CheckpointException) as error:  # DCP agrees on errors itself, so all ranks arrive here
-            raise AgreedError(f"snapshot {folder} is damaged: {str(error).strip().splitlines()[-1]}") from error
-        self._verify(vectors["theta"], meta["checksum"], f"snapshot {folder}")
+        vectors, meta = read_snapshot(self.path / snapshot_folder(step), self.layout, self.dtype)
         return vectors, meta["scalars"]
 
     def theta(self, step: int) -> ShardedVector:
-        """θ_s from the nearest snapshot and the updates after it, bit for bit, 0 ≤ s ≤ τ. Collective."""
+        """θ_s as following the log gives it, 0 ≤ s ≤ τ; θ_τ from its snapshot where there is one. Collective.
+
+        Exact to the bit. Where updates are stored rounded, θ_s is off by at most the rounding of one update, and exact
+        at snapshots that the logger took at its interval.
+        """
+        if step == self.num_steps and step in self.snapshots:
+            return self.snapshot(step)[0]["theta"]
+        return self.followed(step)
+
+    def followed(self, step: int) -> ShardedVector:
+        """θ_s from an anchor, or from a stored θ, and the updates after it. Collective."""
         if not 0 <= step <= self.num_steps:
             raise LmcError(f"θ_{step} is not in the log, which holds θ_0 to θ_{self.num_steps}")
-        start = self.nearest_snapshot(step)
-        theta = self.snapshot(start)[0]["theta"]
+        start = self.nearest_anchor(step)
+        stored = [s for s in range(start, step) if "theta" in self.kinds(s)]
+        if stored:
+            start = stored[-1] + 1
+            with agreement(self.layout.group):
+                theta = self._reader(stored[-1], "theta").read(self.dtype)
+            self._verify(theta, self.record(stored[-1]).checksum, f"log {self.path}: θ after step {stored[-1]}")
+        else:
+            theta = self.snapshot(start)[0]["theta"]
         for s in range(start, step):
             self.advance(theta, s)
         return theta
 
     def advance(self, theta: ShardedVector, step: int) -> ShardedVector:
-        """θ_s → θ_{s+1} in place and exactly, verified by checksum; returns u_s. Collective."""
+        """θ_s → θ_{s+1} in place, verified by checksum; returns u_s. Collective."""
         record = self.record(step)
         update = ShardedVector.zeros(self.layout, self.dtype)
         with agreement(self.layout.group):
-            if record.applied:
-                reader = self._reader(step)
+            if record.applied and self._followed_kind == "theta":
+                after = self._reader(step, "theta").read(self.dtype)
+                update = after - theta
+                theta.flat.copy_(after.flat)
+            elif record.applied:
+                reader = self._reader(step, "update")
                 update = reader.read(self.dtype)
                 theta.add_(update)
                 reader.apply_fixes(theta)
-        self._verify(theta, record.checksum, f"log {self.path}: θ after step {step}")
+        expected = record.log_checksum or record.checksum
+        self._verify(theta, expected, f"log {self.path}: θ after step {step}")
         return update
+
+    def samples(self) -> SampleDataset:
+        """The samples that training saw, by id: what `save_batch_data` kept. Local.
+
+        Raises:
+            LmcError: The log keeps ids only.
+        """
+        if not self.manifest.save_batch_data:
+            raise LmcError(
+                f"log {self.path} keeps the ids of its samples, not their tokens: give the dataset, or train with "
+                "log.save_batch_data=true"
+            )
+        rows = read_rows(self.path / TABLE_FILE, "samples", "id")
+        items = []
+        for row in rows:
+            input_ids, labels = decode_tokens(row["tokens"])
+            items.append({"index": row["id"], "input_ids": input_ids, "labels": labels})
+        return SampleDataset(items, next((row["pad"] for row in rows if row["pad"] is not None), 0))
 
     def _verify(self, theta: ShardedVector, expected: str | None, what: str) -> None:
         total = local_checksum(theta)
@@ -317,43 +254,46 @@ class TrajectoryLog:
             raise AgreedError(f"{what} does not have the logged checksum: the log is damaged")
 
 
-def read_rows(path: Path) -> list[sqlite3.Row]:
-    """All rows of the step table; a transaction that a killed writer left open is rolled back where we may write."""
-    for mode in ("rw", "ro"):
-        try:
-            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True)) as connection:
-                connection.row_factory = sqlite3.Row
-                return connection.execute("SELECT * FROM steps ORDER BY step").fetchall()
-        except sqlite3.OperationalError:
-            if mode == "ro":
-                raise
-    raise AssertionError
+def read_manifest(log_dir: Path) -> TrajectoryManifest:
+    """The manifest of a log. Local.
+
+    Raises:
+        LmcError: It is missing, damaged or of another version.
+    """
+    values = read_json(log_dir / MANIFEST_FILE)
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise LmcError(
+            f"{log_dir}/{MANIFEST_FILE} has schema {schema}, this version reads {SCHEMA_VERSION}: read the log with the "
+            "lmc_dist that wrote it (manifest.json, versions), or train again"
+        )
+    try:
+        return TrajectoryManifest(**values)
+    except TypeError as error:
+        raise LmcError(f"{log_dir}/{MANIFEST_FILE} is damaged: {error}") from None
 
 
-def read_row(row: sqlite3.Row) -> StepRecord:
-    """A row of the step table as a record."""
-    micros = json.loads(row["micro_batches"])
-    states: list[bytes | None] = [None] * len(micros)
-    if row["random_state"] is not None:
-        blob = zlib.decompress(row["random_state"])
-        drew = [i for i, m in enumerate(micros) if m["random"]]
-        size = len(blob) // len(drew)
-        for place, i in enumerate(drew):
-            states[i] = blob[place * size : (place + 1) * size]
-    return StepRecord(
-        step=int(row["step"]),
-        batch_id=int(row["batch_id"]),
-        micro_batches=tuple(
-            MicroRecord(m["rank"], m["micro_step"], tuple(m["ids"]), m["denominator"], state)
-            for m, state in zip(micros, states, strict=True)
-        ),
-        lr=tuple(json.loads(row["lr"])),
-        denominator=row["denominator"],
-        epoch=row["epoch"],
-        loss=row["loss"],
-        grad_norm=row["grad_norm"],
-        clip_coef=row["clip_coef"],
-        applied=bool(row["applied"]),
-        u_norm=row["u_norm"],
-        checksum=row["checksum"],
-    )
+def readable_rows(log_dir: Path) -> dict[int, tuple[StepRecord, Digests | None]]:
+    """Step → (record, digests of its files by kind and rank). Local.
+
+    Raises:
+        LmcError: The table is missing or damaged.
+    """
+    path = log_dir / TABLE_FILE
+    if not path.is_file():
+        raise LmcError(f"{path} is missing: the log is incomplete")
+    try:
+        rows = read_rows(path)
+        return {row["step"]: (decode_row(row), row["tensors"] and json.loads(row["tensors"])) for row in rows}
+    except (sqlite3.DatabaseError, LmcError, KeyError, IndexError, ValueError, TypeError, zlib.error) as error:
+        raise LmcError(f"{path} is damaged: {error}") from None
+
+
+def missing_files(log_dir: Path, step: int, digests: Digests | None) -> str | None:
+    """What is missing of a step's files that the table names; None where all are there. Local."""
+    folder = log_dir / step_folder(step)
+    for kind, by_rank in (digests or {}).items():
+        present = {rank for rank, _ in rank_files(folder, kind)}
+        if absent := sorted(set(range(len(by_rank))) - present):
+            return f"the {kind} of rank {absent[0]} of {len(by_rank)} is missing in {folder}"
+    return None

@@ -28,6 +28,7 @@ class AuditRecord:
         stopped_by: `end` of the trajectory or `K`.
         seconds: Wall time.
         growth_max: Largest ‖v_{s+1}‖ / ‖v_s‖ of a step, before its own source is added.
+        missed: `low_rank`: largest share of C z, z random, that a basis left out.
     """
 
     unit: str
@@ -44,6 +45,7 @@ class AuditRecord:
     stopped_by: str
     seconds: float
     growth_max: float | None
+    missed: float | None = None
 
 
 def write_audit(folder: Path, records: Sequence[AuditRecord]) -> Path:

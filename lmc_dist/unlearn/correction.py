@@ -18,8 +18,10 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import ShardReader, write_shard_file
+from lmc_dist.trajectory.kept import KeptCurvature
 from lmc_dist.trajectory.record import StepRecord, Trajectory, TrajectoryManifest
 from lmc_dist.unlearn.audit import AuditRecord
+from lmc_dist.unlearn.kept_sweep import kept_sweep
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.sweep import sweep
 from lmc_dist.update_rules import check_supported
@@ -58,13 +60,14 @@ def load_correction(folder: str | Path, layout: ShardLayout, like: ShardedVector
 
 def compute_correction(
     trajectory: Trajectory,
-    module: ShardedModule,
-    batches: BatchSource,
+    module: ShardedModule | None,
+    batches: BatchSource | None,
     counterfactual: Counterfactual,
     config: HVPConfig | None = None,
     K: int | None = None,
     loss: Loss | None = None,
     progress: Callable[[int], None] = lambda step: None,
+    kept: KeptCurvature | None = None,
 ) -> Correction:
     """v for a request, propagated through the logged steps (docs/method.md §3). Collective.
 
@@ -77,14 +80,21 @@ def compute_correction(
         K: Steps each source is propagated through; None is all.
         loss: The model's loss; None is next-token cross-entropy.
         progress: Called with each step done.
+        kept: `low_rank`: curvature computed before (`lmc log curvature`), in place of the model. Batches are then
+            forgotten from the log alone: `module` and `batches` may be None.
 
     Raises:
         LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, active clipping, missing
             steps, K < 0. During it: divergence, damaged files.
     """
-    if module.layout != trajectory.layout:
-        raise LmcError("the module's shards are laid out differently from the trajectory's")
+    config = config or HVPConfig()
     with agreement(trajectory.layout.group):
+        if module is not None and module.layout != trajectory.layout:
+            raise LmcError("the module's shards are laid out differently from the trajectory's")
+        if kept is not None and config.mode != "low_rank":
+            raise LmcError(f"kept curvature serves hessian_mode 'low_rank', not '{config.mode}'")
+        if (module is None or batches is None) and (kept is None or counterfactual.kind != "skip"):
+            raise LmcError("only batches (counterfactual 'skip') on kept curvature need neither module nor batches")
         if K is not None and K < 0:
             raise LmcError(f"K must be ≥ 0 or null, got {K}")
         manifest = trajectory.manifest
@@ -95,9 +105,14 @@ def compute_correction(
         first = touched[0].step
         trajectory.require(first)
         check_update_rule(manifest, records, first)
-    result = sweep(
-        trajectory, module, loss or TokenCrossEntropy(), batches, counterfactual, config or HVPConfig(), K, progress
-    )
+        if kept is not None:
+            kept.require(first, trajectory.num_steps)
+    loss = loss or TokenCrossEntropy()
+    if kept is not None:
+        result = kept_sweep(trajectory, kept, module, loss, batches, counterfactual, config, K, progress)
+    else:
+        assert module is not None and batches is not None
+        result = sweep(trajectory, module, loss, batches, counterfactual, config, K, progress)
     return Correction(result.v, result.audit, result.gradients_equivalent)
 
 

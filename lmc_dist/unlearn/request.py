@@ -36,15 +36,17 @@ def make_request(
 
 
 def check_request(
-    counterfactual: Counterfactual, records: Iterable[StepRecord], batches: BatchSource, normalization: str
+    counterfactual: Counterfactual, records: Iterable[StepRecord], batches: BatchSource | None, normalization: str
 ) -> list[StepRecord]:
     """Checks a request against the log; returns the steps that hold forgotten data. Local.
+
+    Without `batches` there is no data, and nothing of it is checked.
 
     Raises:
         LmcError: Ids the dataset or the log does not know, or batches that cannot be regenerated as they were.
     """
     records = list(records)
-    if unknown := batches.unknown(counterfactual.sample_ids):
+    if batches is not None and (unknown := batches.unknown(counterfactual.sample_ids)):
         raise LmcError(f"{len(unknown)} ids to forget are not in the dataset: {shorten(unknown)}")
     known_batches = {record.batch_id for record in records}
     if unknown := sorted(counterfactual.batch_ids - known_batches):
@@ -57,9 +59,9 @@ def check_request(
         if len(unseen) == len(counterfactual.sample_ids):
             raise LmcError(f"none of the {len(unseen)} samples to forget was trained on: nothing to correct")
         logger.warning("%d samples to forget were never trained on: %s", len(unseen), shorten(unseen))
-    if unknown := batches.unknown(seen):
+    if batches is not None and (unknown := batches.unknown(seen)):
         raise LmcError(f"the log was trained on samples the dataset lacks: {shorten(unknown)}; is it the same dataset?")
-    if normalization == "global_token_mean":
+    if batches is not None and normalization == "global_token_mean":
         for record in records:
             targets = sum(batches.num_targets(record.sample_ids))
             if record.applied and targets != record.denominator:

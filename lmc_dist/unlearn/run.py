@@ -10,21 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lmc_dist.config import Config
 from lmc_dist.console import StepProgress
 from lmc_dist.curvature import HVPConfig
 from lmc_dist.data import PERSON_STRIDE, epoch_order
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import mean_loss, relative_error
+from lmc_dist.logged_run import open_logged_run
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted
-from lmc_dist.shards.fingerprint import model_fingerprint
-from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.training import build_config, build_dataset, build_model, read_request
-from lmc_dist.trajectory.batches import DatasetBatches
+from lmc_dist.training import build_model, read_request
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.kept import KeptCurvature, load_curvature
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.record import StepRecord
 from lmc_dist.trajectory.replay import replay, replay_engine
@@ -45,6 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fisher": ("LMCleaner, fisher", {"hessian_mode": "fisher", "replay_head": 0}),
     "diag": ("LMCleaner, diag", {"hessian_mode": "diag", "replay_head": 0}),
     "ggn": ("LMCleaner, GGN", {"hessian_mode": "GGN", "replay_head": 0}),
+    "low_rank": ("LMCleaner, low_rank", {"hessian_mode": "low_rank", "replay_head": 0}),
     "fd": ("LMCleaner, fd", {"hessian_mode": "fd", "replay_head": 0}),
     "exact": ("LMCleaner, exact", {"hessian_mode": "exact", "replay_head": 0}),
     "replay": ("exact replay", {"replay_head": "all"}),
@@ -74,13 +72,9 @@ class UnlearningRun:
         self.output_dir = Path(config.output_dir)
         with agreement():
             self._check_settings()
-            self.log = TrajectoryLog(config.log_dir)
-            self.dataset, self.tokenizer = build_dataset(config)
-            self.model_config = build_config(config.model, self.tokenizer)
-            skeleton = build_skeleton(self.model_config, runtime.device, config.model.attn_implementation)
-            self._check_fingerprints(skeleton)
-            self.module = ShardedModule(skeleton, self.log.layout, runtime.device)
-            self.batches = DatasetBatches(self.dataset, runtime.device)
+            opened = open_logged_run(config, runtime)
+            self.log, self.dataset, self.tokenizer = opened.log, opened.dataset, opened.tokenizer
+            self.model_config, self.module, self.batches = opened.model_config, opened.module, opened.batches
             request = read_request(config, self.dataset)
             if request is None:
                 raise LmcError("say what to forget: forget.samples, forget.split or forget.batches")
@@ -94,6 +88,11 @@ class UnlearningRun:
             self.log.require(self.touched[0].step, updates=not replays)
             if not replays:
                 check_update_rule(self.log.manifest, self.log.records(), self.touched[0].step)
+            self.kept: KeptCurvature | None = None
+            if config.unlearn.curvature is not None:
+                name = config.unlearn.curvature
+                self.kept = load_curvature(self.log.path, name, self.log.layout, self.log.fingerprint)
+                self.kept.require(self.touched[0].step, self.log.num_steps)
 
     def _check_settings(self) -> None:
         unlearn = self.config.unlearn
@@ -102,11 +101,19 @@ class UnlearningRun:
             raise LmcError(f"unlearn.K must be ≥ 0 or null, got {unlearn.K}")
         if unlearn.replay_head not in (0, "all"):
             raise LmcError(f"replay_head={unlearn.replay_head} is not available yet; available: 0, all")
-        HVPConfig(unlearn.hessian_mode, unlearn.damping, probes=unlearn.probes)
+        self._hvp(unlearn.hessian_mode, unlearn.damping)
+        if unlearn.curvature is not None and unlearn.hessian_mode != "low_rank":
+            raise LmcError(f"unlearn.curvature is for hessian_mode low_rank, not {unlearn.hessian_mode}")
         if unknown := [name for name in self._compared() if name not in METHODS]:
             raise LmcError(f"compare: unknown method '{unknown[0]}'; available: {', '.join(METHODS)}")
         if self.config.reference == "retrain":
             self._check_reference()
+
+    def _hvp(self, mode: str, damping: float) -> HVPConfig:
+        unlearn = self.config.unlearn
+        return HVPConfig(
+            mode, damping, probes=unlearn.probes, rank=unlearn.rank, base=unlearn.base, refresh=unlearn.refresh
+        )
 
     def _check_reference(self) -> None:
         log, world_size = TrajectoryLog(self.config.log_dir), self.runtime.world_size
@@ -137,20 +144,6 @@ class UnlearningRun:
         compared = [(other, {"damping": unlearn.damping, **METHODS[other][1]}) for other in self._compared()]
         return [(name, own), *((other, settings) for other, settings in compared if other != name)]
 
-    def _check_fingerprints(self, skeleton: torch.nn.Module) -> None:
-        manifest = self.log.manifest
-        if (found := model_fingerprint(skeleton)) != manifest.model_fingerprint:
-            kind, logged = self.model_config.model_type, manifest.model_config.get("model_type")
-            raise LmcError(
-                f"the model is not the logged one: fingerprint {found[:12]} ({kind}) against "
-                f"{manifest.model_fingerprint[:12]} ({logged}) in {self.log.path}; check model.path or model.config"
-            )
-        if manifest.dataset_fingerprint not in (None, self.dataset.fingerprint):
-            raise LmcError(
-                f"the dataset is not the logged one: fingerprint {self.dataset.fingerprint[:12]} against "
-                f"{manifest.dataset_fingerprint[:12]}; data settings, tokenizer or files changed since training"  # type: ignore[index]
-            )
-
     def compute(self, name: str, settings: dict[str, Any], theta: ShardedVector) -> MethodResult:
         """One method's correction. Collective."""
         started = time.perf_counter()
@@ -160,11 +153,13 @@ class UnlearningRun:
                 correction, certificate = self._replay(theta, progress)
                 return MethodResult(name, label, correction, time.perf_counter() - started, certificate)
             else:
-                hvp = HVPConfig(settings["hessian_mode"], settings["damping"], probes=self.config.unlearn.probes)
+                hvp = self._hvp(settings["hessian_mode"], settings["damping"])
+                kept = self.kept if hvp.mode == "low_rank" else None
+                label += f" '{kept.name}'" if kept else ""
                 label += f", K={'all' if K is None else K}" if name != "tim" or K is not None else ""
                 label += f", λ={hvp.damping:g}" if hvp.damping else ""
                 correction = compute_correction(
-                    self.log, self.module, self.batches, self.request, hvp, K, progress=progress
+                    self.log, self.module, self.batches, self.request, hvp, K, progress=progress, kept=kept
                 )
         return MethodResult(name, label, correction, time.perf_counter() - started)
 

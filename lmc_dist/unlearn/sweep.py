@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmc_dist.curvature import HVPConfig, Loss, hvp_apply
+from lmc_dist.curvature import HVPConfig, Loss, LowRank, MicroBatch, hvp_apply, low_rank_basis
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector, dots
@@ -25,7 +25,7 @@ from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
 from lmc_dist.trajectory.record import Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
-from lmc_dist.unlearn.plan import gradients_per_step
+from lmc_dist.unlearn.plan import gradients_per_basis, gradients_per_step
 from lmc_dist.unlearn.source import micro_batches, share, source
 from lmc_dist.update_rules import SGDTangent
 
@@ -107,6 +107,9 @@ class _Sweep:
         self.windows: list[Window] = []
         self.done: list[AuditRecord] = []
         self.total: ShardedVector
+        self.basis: LowRank | None = None
+        self.basis_step = 0
+        self.missed: float | None = None
         self.cost = 0.0
         self.source_total = 0.0
         self.started = time.perf_counter()
@@ -154,17 +157,28 @@ class _Sweep:
             micros = micro_batches(edited, self.batches, self.module, "kept") if self.config.uses_model else []
             gradient = self.tangent.gradient(theta, update, lrs) if self.config.mode == "fisher" else None
             vectors = [window.v for window in active]
-            products = hvp_apply(vectors, self.config, self.module, self.loss, theta, micros, gradient)
+            basis = self._basis(step, theta, micros, share(edited, "kept")) if self.config.mode == "low_rank" else None
+            products = hvp_apply(vectors, self.config, self.module, self.loss, theta, micros, gradient, basis=basis)
             for window, dg in zip(active, products, strict=True):
                 window.v = self.tangent(theta, window.v, dg, lrs)
                 window.steps += 1
-                window.hvp_calls += self.config.mode != "none"
+                window.hvp_calls += self.config.mode not in ("none", "low_rank")
             self.cost += gradients_per_step(self.config, len(active)) * share(edited, "kept")
         if not edited.is_changed:
             return None
         b = source(edited, theta, self.batches, self.module, self.loss)
         self.cost += share(edited, "source")
         return self.tangent(theta, b.like(torch.zeros_like(b.flat)), b, lrs)
+
+    def _basis(self, step: int, theta: ShardedVector, micros: list[MicroBatch], part: float) -> LowRank:
+        """The eigenpairs in use, taken anew every `refresh` logged steps."""
+        if self.basis is None or step >= self.basis_step + self.config.refresh:
+            self.basis, self.basis_step = low_rank_basis(self.config, self.module, self.loss, theta, micros), step
+            self.missed = max(self.missed or 0.0, self.basis.missed)
+            self.cost += gradients_per_basis(self.config, self.basis.products) * part
+            for window in self.windows:
+                window.hvp_calls += self.basis.products
+        return self.basis
 
     def _add(self, step: int, injected: ShardedVector) -> None:
         """A source enters: the joint vector takes it up, or a window of its own opens."""
@@ -221,6 +235,7 @@ class _Sweep:
             stopped_by="K" if window.last_step < tau - 1 else "end",
             seconds=time.perf_counter() - self.started,
             growth_max=window.growth_max,
+            missed=self.missed,
         )
 
 

@@ -1,0 +1,67 @@
+"""A log with all that is needed to compute on it: the data it was trained on and the model, checked against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lmc_dist.config import Config
+from lmc_dist.data import SampleDataset
+from lmc_dist.errors import LmcError
+from lmc_dist.runtime import Runtime
+from lmc_dist.shards.fingerprint import model_fingerprint
+from lmc_dist.shards.module import ShardedModule, build_skeleton
+from lmc_dist.training import build_config, build_dataset
+from lmc_dist.trajectory.batches import DatasetBatches
+from lmc_dist.trajectory.store import TrajectoryLog
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """The log of a configuration, its dataset, and its model on shards without weights."""
+
+    log: TrajectoryLog
+    dataset: SampleDataset
+    tokenizer: Any
+    model_config: Any
+    module: ShardedModule
+    batches: DatasetBatches
+
+
+def open_logged_run(config: Config, runtime: Runtime) -> LoggedRun:
+    """Opens what `config` names. Local; a rank's error must be agreed on by the caller.
+
+    Raises:
+        LmcError: No log, or a model or dataset that is not the logged one.
+    """
+    log = TrajectoryLog(config.log_dir)
+    dataset, tokenizer = build_dataset(config)
+    model_config = build_config(config.model, tokenizer)
+    skeleton = build_skeleton(model_config, runtime.device, config.model.attn_implementation)
+    check_fingerprints(log, dataset, model_config, skeleton)
+    module = ShardedModule(skeleton, log.layout, runtime.device)
+    return LoggedRun(log, dataset, tokenizer, model_config, module, DatasetBatches(dataset, runtime.device))
+
+
+def check_fingerprints(
+    log: TrajectoryLog, dataset: SampleDataset, model_config: Any, skeleton: torch.nn.Module
+) -> None:
+    """Checks that model and dataset are those of the log.
+
+    Raises:
+        LmcError: They are not.
+    """
+    manifest = log.manifest
+    if (found := model_fingerprint(skeleton)) != manifest.model_fingerprint:
+        kind, logged = model_config.model_type, manifest.model_config.get("model_type")
+        raise LmcError(
+            f"the model is not the logged one: fingerprint {found[:12]} ({kind}) against "
+            f"{manifest.model_fingerprint[:12]} ({logged}) in {log.path}; check model.path or model.config"
+        )
+    if manifest.dataset_fingerprint not in (None, dataset.fingerprint):
+        raise LmcError(
+            f"the dataset is not the logged one: fingerprint {dataset.fingerprint[:12]} against "
+            f"{manifest.dataset_fingerprint[:12]}; data settings, tokenizer or files changed since training"  # type: ignore[index]
+        )

@@ -1,0 +1,181 @@
+"""Snapshots: θ and optimizer state of one step through torch.distributed.checkpoint, written while training goes on.
+
+Entries of the checkpoint are flat 1-D tensors `KIND/PARAMETER`, sharded over the ranks, in safetensors files (DCP's own
+format would be pickle).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import AsyncStager
+
+from lmc_dist.runtime import AgreedError, agreement
+from lmc_dist.shards.checksum import format_checksum, local_checksum
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.relayout import relayout
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.files import fsync_path, read_json, write_json
+
+META_FILE = "meta.json"
+
+
+def snapshot_folder(step: int) -> str:
+    return f"snapshots/step-{step}"
+
+
+def part_folder(folder: Path) -> Path:
+    """Where a snapshot is written before it is whole."""
+    return folder.with_name(folder.name + ".part")
+
+
+def snapshot_steps(log_dir: Path) -> list[int]:
+    """Steps N of the whole snapshots θ_N, ascending."""
+    folders = (log_dir / "snapshots").glob("step-*")
+    numbers = (re.fullmatch(r"step-(\d+)", folder.name) for folder in folders if (folder / META_FILE).is_file())
+    return sorted(int(m.group(1)) for m in numbers if m)
+
+
+class _Staged(AsyncStager):
+    """Tells DCP that the tensors are copies already: what `read` of an engine returned is nobody else's."""
+
+    def stage(self, state_dict: Any) -> Any:
+        return state_dict
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        return False
+
+    def synchronize_staging(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def start_snapshot(folder: Path, vectors: Mapping[str, ShardedVector], group: dist.ProcessGroup | None) -> Future[Any]:
+    """Starts writing `folder`.part and returns at once. Collective; `finish_snapshot` is called when all are done.
+
+    Args:
+        folder: Of the snapshot.
+        vectors: `theta`, `exp_avg`, … in host memory, which must not change until the future is done.
+        group: A gloo group used for nothing else, since a thread talks over it beside training.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    part = part_folder(folder)
+    with agreement(group):
+        if group is None or dist.get_rank(group) == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+    response = dcp.async_save(
+        snapshot_state(vectors),
+        storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
+        process_group=group,
+        async_stager=_Staged(),
+    )
+    assert isinstance(response, Future)
+    return response
+
+
+def finish_snapshot(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Makes a snapshot that all ranks have written visible. Rank 0."""
+    part = part_folder(folder)
+    for path in part.iterdir():
+        fsync_path(path)
+    write_json(part / META_FILE, meta)
+    part.replace(folder)
+    fsync_path(folder.parent)
+
+
+def vector_checksums(vectors: Mapping[str, ShardedVector]) -> dict[str, str]:
+    """Checksum of each vector. One all-reduce; collective."""
+    kinds = sorted(vectors)
+    totals = torch.stack([local_checksum(vectors[kind]).cpu() for kind in kinds])
+    layout = vectors[kinds[0]].layout
+    if layout.world_size > 1:
+        dist.all_reduce(totals, group=layout.group)
+    return {kind: format_checksum(total) for kind, total in zip(kinds, totals, strict=True)}
+
+
+def read_snapshot(
+    folder: Path, layout: ShardLayout, dtype: torch.dtype
+) -> tuple[dict[str, ShardedVector], dict[str, Any]]:
+    """(vectors by kind, `meta.json`) at this rank's layout, whatever the writer's world size, verified. Collective.
+
+    Raises:
+        LmcError: The snapshot is damaged; the message names the kind.
+    """
+    with agreement(layout.group):
+        meta = read_json(folder / META_FILE)
+    try:
+        vectors = _load(folder, layout, sorted(meta["kinds"]), dtype)
+    except (Exception, CheckpointException) as error:  # DCP agrees on errors itself, so all ranks arrive here
+        raise AgreedError(f"snapshot {folder} is damaged: {str(error).strip().splitlines()[-1]}") from error
+    for kind, found in vector_checksums(vectors).items():
+        if found != meta["kinds"][kind]:
+            raise AgreedError(f"snapshot {folder}: '{kind}' does not have the logged checksum: the log is damaged")
+    return vectors, meta
+
+
+def _load(folder: Path, layout: ShardLayout, kinds: list[str], dtype: torch.dtype) -> dict[str, ShardedVector]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    flat = ShardLayout(layout.params, layout.rank, layout.world_size, "zero3", layout.group)
+    vectors = {kind: ShardedVector.zeros(flat, dtype) for kind in kinds}
+    state = snapshot_state(vectors)
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=layout.group)
+    for kind, vector in vectors.items():
+        for name, target in vector.items():
+            tensor = state[f"{kind}/{name}"]
+            target.copy_(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
+    return {kind: relayout(vector, layout) for kind, vector in vectors.items()}
+
+
+def snapshot_state(vectors: Mapping[str, ShardedVector]) -> dict[str, torch.Tensor]:
+    """The entries of a snapshot. Collective where the vectors are not laid out by rule `zero3`."""
+    state: dict[str, torch.Tensor] = {}
+    for kind, vector in vectors.items():
+        layout = vector.layout
+        flat = ShardLayout(layout.params, layout.rank, layout.world_size, "zero3", layout.group)
+        state |= {f"{kind}/{name}": tensor for name, tensor in flat_tensors(relayout(vector, flat)).items()}
+    return state
+
+
+def flat_tensors(vector: ShardedVector) -> dict[str, torch.Tensor]:
+    """The vector as 1-D DTensors, one a parameter, sharing memory with it; plain tensors without a process group.
+
+    DTensor cuts n elements into pieces of ⌈n/W⌉, which is rule `zero3`.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    layout = vector.layout
+    if not dist.is_initialized():
+        return dict(vector.items())
+    mesh = (
+        DeviceMesh.from_group(layout.group, "cpu")
+        if layout.group is not None
+        else DeviceMesh("cpu", list(range(layout.world_size)))
+    )
+    return {
+        slot.spec.name: DTensor.from_local(
+            vector[slot.spec.name],
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size([slot.spec.numel]),
+            stride=(1,),
+        )
+        for slot in layout
+    }
