@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHES = $(sort $(wildcard bench/*.py))
+# measure.py is what the benchmarks share
+BENCHES = $(filter-out bench/measure.py,$(sort $(wildcard bench/*.py)))
+PEERS := $(VENV)/.peers
 
 # deepspeed's launcher and ninja (which builds DeepSpeed's operators) are found on PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -14,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint typecheck bench clean
+.PHONY: help setup peers demo test lint typecheck bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## */\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +33,13 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --use-pep517 -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 
+# Without their dependencies' own pins: one of them would replace torch by another build. What they import is listed.
+peers: $(PEERS) ## add the libraries that tests and benchmarks compare with (curvlinops)
+
+$(PEERS): requirements-peers.txt $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements-peers.txt
+	@touch $@
+
 demo: $(READY) ## run the demonstration; writes runs/demo
 	$(BIN)/python -m lmc_dist.demo --output runs/demo
 
@@ -44,7 +53,7 @@ lint: $(READY) typecheck ## check style, formatting and types
 typecheck: $(READY) ## check types (part of lint)
 	$(BIN)/mypy lmc_dist
 
-bench: $(READY) ## run every benchmark; writes runs/bench/NAME.json
+bench: $(READY) $(PEERS) ## run every benchmark; writes runs/bench/NAME.json
 	@mkdir -p runs/bench
 	@set -e; for script in $(BENCHES); do \
 		name=$$(basename $$script .py); \

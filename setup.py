@@ -43,12 +43,9 @@ EXTRAS_REQUIRE = {
         "pre-commit",
         "build",
     ],
-    # The comparison against curvlinops-for-pytorch is optional and is not listed: it depends on
-    # torchvision (by way of backpack-for-pytorch; it imports without it), and each torchvision
-    # requires one exact torch, so the resolver would replace the torch that is installed. Install
-    # it by hand, on top of the torch you have:
-    #     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch
-    #     pip install scipy einconv linear_operator opt-einsum unfoldNd
+    # curvlinops-for-pytorch, which tests and benchmarks compare with, is not listed: it depends on torchvision (by way
+    # of backpack-for-pytorch, which imports without it), and each torchvision requires one exact torch, so that a
+    # resolver would replace the torch that is installed. `make peers` installs it without its dependencies.
     "bench": [
         "matplotlib",
     ],

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import model_config, token_batch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from measure import live_peak
 
 from lmc_dist.curvature import HVPConfig, MicroBatch, TokenCrossEntropy, hvp_apply
 from lmc_dist.curvature.products import summed_loss, weighted_gradient
@@ -17,25 +15,6 @@ from lmc_dist.shards.gather import count_traffic
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak of the bytes in tensors that were made or looked at inside the block and are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
 
 
 SAMPLES, LENGTH, HIDDEN = 4, 24, 12
@@ -56,12 +35,9 @@ def setup(layers: int, blocked: bool = True) -> tuple[ShardedModule, ShardedVect
 def peak(layers: int, mode: str, blocked: bool = True) -> int:
     module, theta, micros = setup(layers, blocked)
     v = theta * 0.5
-    with LiveBytes() as live:
-        if mode == "gradient":
-            weighted_gradient(module, TokenCrossEntropy(), theta, micros)
-        else:
-            hvp_apply(v, HVPConfig(mode), module, TokenCrossEntropy(), theta, micros)
-    return live.peak
+    if mode == "gradient":
+        return live_peak(lambda: weighted_gradient(module, TokenCrossEntropy(), theta, micros))
+    return live_peak(lambda: hvp_apply(v, HVPConfig(mode), module, TokenCrossEntropy(), theta, micros))
 
 
 @pytest.mark.parametrize("mode", ["gradient", "GGN", "exact"])

@@ -22,7 +22,7 @@ def check(ggn: torch.Tensor, top: torch.Tensor) -> dict[str, Any]:
     with KeepDouble():
         product = make_ggn_product(module, TokenCrossEntropy(), theta, micros)
         estimate = estimate_diagonal(product, theta, probes=48)
-        spectrum = lanczos(product, theta, count=3, steps=40)
+        spectrum = lanczos(product, theta, count=3, steps=40, block=1)
         image = product([spectrum.vectors[0]])[0]
         config = HVPConfig("diag", damping=0.5, probes=48)
         applied = hvp_apply(theta, config, module, TokenCrossEntropy(), theta, micros)
