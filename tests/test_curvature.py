@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmc_dist.curvature import HVPConfig, MicroBatch, TokenCrossEntropy, hvp_apply
 from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
+from lmc_dist.shards.frozen import read_frozen, skeleton_of
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
@@ -182,6 +183,74 @@ def check_dropout() -> dict[str, float]:
 def test_products_draw_the_same_dropout_however_they_are_computed(ranks: Any) -> None:
     for errors in ranks(2).run(check_dropout):
         assert max(errors.values()) <= 1e-12, errors
+
+
+FROZEN = {  # what is not trained, by name
+    "embeddings and a block": lambda name: "embed_tokens" in name or ".layers.0." in name,
+    "all but adapters": lambda name: "q_proj" not in name and "up_proj" not in name,
+}
+
+
+def check_frozen(kind: str, oracle: tuple[Any, ...]) -> dict[str, float]:
+    """Products with frozen parameters against rows and columns of the whole model's dense matrices."""
+    gradient, ggn, _ = oracle
+    errors = {}
+    for case, is_frozen in FROZEN.items():
+        model = reference_model(kind)
+        whole = ShardLayout.of_module(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not is_frozen(name))
+        skeleton = skeleton_of(model)
+        layout = ShardLayout.of_module(skeleton)
+        assert all(p.is_meta for p in skeleton.parameters())
+        theta = ShardedVector.from_full(layout, model.get_parameter)
+        spans = [whole.slots[s.spec.name] for s in layout]
+        trained = torch.cat([torch.arange(s.global_offset, s.global_offset + s.spec.numel) for s in spans])
+        ids, labels, weights = token_batch(3, SAMPLES)
+        micros = [
+            MicroBatch({"input_ids": ids[a:b]}, labels[a:b], weights[a:b])
+            for i, (a, b) in enumerate(MICROS)
+            if i % layout.world_size == layout.rank
+        ]
+        fulls = [random_full(layout, seed) for seed in SEEDS[:2]]
+        vectors = [shard_of(layout, full) for full in fulls]
+        loss = TokenCrossEntropy()
+        # the Hessian has no dense matrix here: its oracle is the whole model's product on vectors padded with zeros
+        padded = [torch.zeros(whole.total_numel, dtype=torch.float64).index_put_((trained,), full) for full in fulls]
+        everything = sharded(kind, True)
+        with KeepDouble():
+            exact = hvp_apply([shard_of(whole, x) for x in padded], HVPConfig("exact"), everything[0], loss, *everything[1:])
+            for blocked in (True, False):
+                module = ShardedModule(skeleton, layout, blocked=blocked, frozen=read_frozen(model, layout))
+                assert len(module.segments.blocks) == (2 if blocked else 0)
+                g = weighted_gradient(module, loss, theta, micros)
+                found = {"gradient": ([g], [gradient[trained]])}
+                expected = [ggn[trained][:, trained] @ full for full in fulls]
+                for keep in (False, True):
+                    for mode in ("GGN", "exact"):
+                        hvp = HVPConfig(mode, keep_activations=keep)
+                        found[f"{mode} {keep}"] = (hvp_apply(vectors, hvp, module, loss, theta, micros), expected)
+                for name, (got, oracles) in found.items():
+                    for k, x in enumerate(got):
+                        want = shard_of(layout, oracles[k])
+                        if name.startswith("exact"):
+                            want = ShardedVector.from_shards(layout, {n: exact[k][n] for n in layout.slots})
+                        errors[f"{case} {blocked} {name} {k}"] = (x - want).norm() / want.norm()
+    return errors
+
+
+def test_frozen_parameters_are_constants(ranks: Any) -> None:
+    oracle = dense("llama-untied")
+    for world_size in (1, 3):
+        for errors in ranks(world_size).run(check_frozen, "llama-untied", oracle):
+            assert max(errors.values()) <= 1e-12, (world_size, errors)
+
+
+def test_frozen_parameters_need_values() -> None:
+    skeleton = build_skeleton(model_config("llama-untied"))
+    skeleton.get_parameter("lm_head.weight").requires_grad_(False)
+    with pytest.raises(LmcError, match="frozen parameters need values"):
+        ShardedModule(skeleton, ShardLayout.of_module(skeleton))
 
 
 @pytest.mark.parametrize("mode", ["secant"])

@@ -8,6 +8,8 @@ graphs of the forward pass are kept instead and nothing is gathered twice.
 Every rank gathers and reduces the same segments in the same order, however many micro-batches it has (none is fine).
 The next segment's gather is under way while the present one computes.
 
+Frozen parameters are gathered with their segment and stay constants.
+
 Shapes: W ranks, L elements of a segment's slots, m vectors. Gathered segments are 1 + m times (W, L), θ first.
 Places: 0 is the prefix, i + 1 is block i, n + 1 is the suffix.
 """
@@ -121,6 +123,7 @@ class Passes(ABC):
         self.outer = self.segments.outer.unpack(outer[0])
         self.outer_tangents = [self.segments.outer.unpack(tangent) for tangent in outer[1:]]
         self.outer_total = self._zeros(self.segments.outer)
+        self.outer_constants = next(self._constants([self.segments.frozen_outer]))
 
     @abstractmethod
     def push(self, state: State, place: Place) -> None:
@@ -147,6 +150,20 @@ class Passes(ABC):
         blocks = self.segments.block_segments
         return Stream([lambda i=i: self._local(blocks[i], vectors) for i in order], self.module)  # type: ignore[misc]
 
+    def _constants(self, segments: Sequence[Segment]) -> Iterator[Parameters]:
+        """The frozen parameters of segments, each gathered while its predecessor is in use."""
+        frozen = self.module.frozen
+        if frozen is None:
+            yield from ({} for _ in segments)
+            return
+
+        def local(segment: Segment) -> list[torch.Tensor]:
+            return [segment.take(frozen.flat).to(self.device, self.dtype)]
+
+        stream = Stream([lambda s=s: local(s) for s in segments], self.module)  # type: ignore[misc]
+        for segment in segments:
+            yield segment.unpack(stream.next()[0])
+
     def _zeros(self, segment: Segment) -> torch.Tensor:
         """(max(m, 1), W, L) for a segment's results."""
         shape = (max(self.m, 1), self.module.layout.world_size, segment.numel)
@@ -165,14 +182,14 @@ class Passes(ABC):
         if state.rng and len(state.rng) == place + 1:
             state.rng.append(get_rng_state(self.device))
 
-    def _stage(self, state: State, place: int) -> Stage:
-        """Prefix or block as a function."""
+    def _stage(self, state: State, place: int, constants: Parameters) -> Stage:
+        """Prefix or block as a function of its trained parameters."""
         if place == 0:
-            return lambda parameters, _: self.segments.prefix(parameters, state.micro.inputs)
+            return lambda parameters, _: self.segments.prefix(constants | parameters, state.micro.inputs)
 
         def block(parameters: Parameters, hidden: torch.Tensor | None) -> torch.Tensor:
             assert hidden is not None and state.call is not None
-            return self.segments.block(place - 1, parameters, hidden, state.call)
+            return self.segments.block(place - 1, constants | parameters, hidden, state.call)
 
         return block
 
@@ -206,29 +223,38 @@ class Passes(ABC):
 
     def _suffix(self, inputs: dict[str, torch.Tensor]) -> Stage:
         """What comes after the last block, as a function; the whole model where there are no blocks."""
-        return lambda parameters, hidden: self.loss.outputs(self.segments.suffix(parameters, hidden, inputs))
+        constants = self.outer_constants
+        return lambda parameters, hidden: self.loss.outputs(
+            self.segments.suffix(constants | parameters, hidden, inputs)
+        )
 
-    def _place(self, state: State, index: int, parameters: Parameters, tangents: Sequence[Parameters]) -> Place:
+    def _place(
+        self, state: State, index: int, constants: Parameters, parameters: Parameters, tangents: Sequence[Parameters]
+    ) -> Place:
         segment = self.segments.outer if index == 0 else self.segments.block_segments[index - 1]
         hidden = state.boundaries[index - 1] if index else None
-        return Place(index, self._stage(state, index), parameters, hidden, tangents, segment)
+        return Place(index, self._stage(state, index, constants), parameters, hidden, tangents, segment)
 
     def _forward(self) -> None:
         """Boundaries of all blocks, with their tangents."""
         if not self.n:
             return
         stream = self._stream(range(self.n), self.vectors)
+        frozen = self._constants(self.segments.frozen_blocks)
         for state in self.states:
-            state.call = self.segments.arguments(self.outer, state.micro.inputs)
-            self._push(state, 0, self.outer, self.outer_tangents)
+            state.call = self.segments.arguments(self.outer_constants | self.outer, state.micro.inputs)
+            self._push(state, 0, self.outer_constants, self.outer, self.outer_tangents)
         for i, segment in enumerate(self.segments.block_segments):
             parameters, *tangents = [segment.unpack(full) for full in stream.next()]
+            constants = next(frozen)
             for state in self.states:
-                self._push(state, i + 1, parameters, tangents)
+                self._push(state, i + 1, constants, parameters, tangents)
 
-    def _push(self, state: State, index: int, parameters: Parameters, tangents: Sequence[Parameters]) -> None:
+    def _push(
+        self, state: State, index: int, constants: Parameters, parameters: Parameters, tangents: Sequence[Parameters]
+    ) -> None:
         self.restore(state, index)
-        self.push(state, self._place(state, index, parameters, tangents))
+        self.push(state, self._place(state, index, constants, parameters, tangents))
         self.note(state, index)
         if index and self.keep:
             state.boundaries[index - 1] = torch.empty(0)  # the graphs have it
@@ -239,26 +265,29 @@ class Passes(ABC):
         """Cotangents back through the blocks; each block's result is reduce-scattered as soon as it is whole."""
         order = range(self.n - 1, -1, -1)
         stream = None if self.keep else self._stream(order, self.vectors if self.needs_tangents_back else [])
+        frozen = self._constants([self.segments.frozen_blocks[i] for i in order])
         for i in order:
             segment = self.segments.block_segments[i]
             parameters, *tangents = [{}] if stream is None else [segment.unpack(full) for full in stream.next()]
+            constants = {} if stream is None else next(frozen)  # graphs that were kept have theirs
             total = self._zeros(segment)
             for state in self.states:
-                self._pull(state, i + 1, parameters, tangents, total)
+                self._pull(state, i + 1, constants, parameters, tangents, total)
             segment.add_to(results, reduce_scatter(total, self.module.layout.group))
         for state in self.states:
-            self._pull(state, 0, self.outer, self.outer_tangents, self.outer_total)
+            self._pull(state, 0, self.outer_constants, self.outer, self.outer_tangents, self.outer_total)
 
     def _pull(
         self,
         state: State,
         index: int,
+        constants: Parameters,
         parameters: Parameters,
         tangents: Sequence[Parameters],
         total: torch.Tensor,
     ) -> None:
         kept, state.graphs[index] = state.graphs[index], []
-        self.pull(state, self._place(state, index, parameters, tangents), kept, total)
+        self.pull(state, self._place(state, index, constants, parameters, tangents), kept, total)
         if index:
             state.boundaries[index - 1], state.tangents[index - 1] = torch.empty(0), []
 

@@ -33,6 +33,8 @@ class Graph:
         leaves = [self.parameters[name] for name in names]
         if self.hidden is not None:
             leaves.append(self.hidden)
+        if not self.output.requires_grad:  # it depends on frozen parameters only
+            return {}, None if self.hidden is None else torch.zeros_like(self.hidden)
         grads = torch.autograd.grad(self.output, leaves, cotangent, retain_graph=retain, allow_unused=True)
         found = {name: grad for name, grad in zip(names, grads, strict=False) if grad is not None}
         if self.hidden is None:

@@ -59,6 +59,9 @@ class PendingGather:
         self.work: Any = None
         self.out = [shard.unsqueeze(0) for shard in shards]
         if world_size > 1:
+            if not sum(shard.numel() for shard in shards):  # a segment without trained parameters, on every rank
+                self.out = [shard.new_empty(world_size, 0) for shard in shards]
+                return
             self.shards = torch.stack(list(shards))  # alive until the collective is through
             out = self.shards.new_empty((world_size, *self.shards.shape))
             self.work = _all_gather_base(out.view(-1), self.shards.view(-1), group=group, async_op=True)
@@ -88,6 +91,8 @@ def _scatter(full: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tenso
         counter.reduced += full.numel()
     if world_size == 1:
         return full.squeeze(-2)
+    if not full.numel():
+        return full[..., 0, :]
     parts = full.movedim(-2, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
     _reduce_scatter_base(out.view(-1), parts.view(-1), group=group)

@@ -17,6 +17,7 @@ from lmc_dist.errors import LmcError
 from lmc_dist.shards.gather import all_gather, unpack
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.segments import SegmentedModule
+from lmc_dist.shards.vector import ShardedVector
 
 
 class ShardedModule:
@@ -27,10 +28,19 @@ class ShardedModule:
         layout: Where the parameters lie.
         device: Where buffers live and inputs are put.
         blocked: Gather one block at a time inside products; False gathers the whole model.
+        frozen: This rank's shards of the parameters that are not trained (`shards.frozen`), over the same ranks.
+
+    Raises:
+        LmcError: The layouts do not hold exactly the module's parameters.
     """
 
     def __init__(
-        self, module: nn.Module, layout: ShardLayout, device: torch.device | str = "cpu", blocked: bool = True
+        self,
+        module: nn.Module,
+        layout: ShardLayout,
+        device: torch.device | str = "cpu",
+        blocked: bool = True,
+        frozen: ShardedVector | None = None,
     ) -> None:
         trainable = {name for name, p in module.named_parameters() if p.requires_grad}
         if trainable != set(layout.slots):
@@ -39,11 +49,12 @@ class ShardedModule:
                 f"only in the model {sorted(trainable - set(layout.slots))[:3]}, "
                 f"only in the layout {sorted(set(layout.slots) - trainable)[:3]}"
             )
-        frozen = [name for name, p in module.named_parameters() if not p.requires_grad and p.is_meta]
-        if frozen:
-            raise LmcError(f"frozen parameters need values, but {frozen[:3]} are on the meta device")
-        self.module, self.layout, self.device = module, layout, torch.device(device)
-        self.segments = SegmentedModule(module, layout, blocked)
+        constants = set() if frozen is None else set(frozen.layout.slots)
+        on_meta = [name for name, p in module.named_parameters() if not p.requires_grad and p.is_meta]
+        if missing := sorted(set(on_meta) - constants):
+            raise LmcError(f"frozen parameters need values (frozen=), and {missing[:3]} have none")
+        self.module, self.layout, self.device, self.frozen = module, layout, torch.device(device), frozen
+        self.segments = SegmentedModule(module, layout, blocked, None if frozen is None else frozen.layout)
 
     def gather(self, flat: torch.Tensor) -> torch.Tensor:
         """Flat shards (L,) → all ranks' flat shards (W, L); differentiable. Collective."""
@@ -54,9 +65,10 @@ class ShardedModule:
         return self.call_with(unpack(full, self.layout), inputs)
 
     def call_with(self, parameters: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]) -> Any:
-        """Forward pass with whole parameters given by name (dual numbers included). Local."""
+        """Forward pass with whole parameters given by name (dual numbers included). Collective where some are frozen."""
+        constants = {} if self.frozen is None else unpack(self.gather(self.frozen.flat), self.frozen.layout)
         with plain_linear():
-            return functional_call(self.module, dict(parameters), args=(), kwargs=dict(inputs))
+            return functional_call(self.module, {**constants, **parameters}, args=(), kwargs=dict(inputs))
 
     def __call__(self, flat: torch.Tensor, **inputs: Any) -> Any:
         """Forward pass from this rank's flat shards; differentiable in any order with respect to `flat`. Collective."""

@@ -47,7 +47,7 @@ class Segment:
 
     def take(self, flat: torch.Tensor) -> torch.Tensor:
         """(..., L of the layout) → (..., L of the segment); a view when the segment is one run."""
-        parts = [flat[..., start:stop] for start, stop in self.ranges]
+        parts = [flat[..., start:stop] for start, stop in self.ranges] or [flat[..., :0]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def add_to(self, flat: torch.Tensor, part: torch.Tensor) -> None:
@@ -127,21 +127,20 @@ class SegmentedModule:
         module: Skeleton; parameters on meta.
         layout: Where its parameters lie.
         blocked: False treats the whole model as one segment.
+        frozen: Where the parameters lie that are constants.
     """
 
-    def __init__(self, module: nn.Module, layout: ShardLayout, blocked: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, layout: ShardLayout, blocked: bool = True, frozen: ShardLayout | None = None
+    ) -> None:
         self.module = module
-        name, blocks = find_blocks(module, layout) if blocked else ("", None)
+        constants = list(frozen) if frozen is not None else []
+        name, blocks = find_blocks(module, [*layout, *constants]) if blocked else ("", None)
         self.container = blocks
         self.blocks: list[nn.Module] = list(blocks) if blocks is not None else []
-        self.block_segments: list[Segment] = []
-        inside: set[str] = set()
-        for i in range(len(self.blocks)):
-            prefix = f"{name}.{i}."
-            slots = [slot for slot in layout if slot.spec.name.startswith(prefix)]
-            inside.update(slot.spec.name for slot in slots)
-            self.block_segments.append(make_segment(slots, len(prefix)))
-        self.outer = make_segment([slot for slot in layout if slot.spec.name not in inside])
+        prefixes = [f"{name}.{i}." for i in range(len(self.blocks))]
+        self.outer, self.block_segments = cut(list(layout), prefixes)
+        self.frozen_outer, self.frozen_blocks = cut(constants, prefixes)
         self._returns_tuple = False
         if blocked and not self.blocks and layout.total_numel > 1_000_000:
             logger.warning(
@@ -220,9 +219,17 @@ class SegmentedModule:
         raise AssertionError("the model's forward did not call its blocks")
 
 
-def find_blocks(module: nn.Module, layout: ShardLayout) -> tuple[str, nn.ModuleList | None]:
+def cut(slots: Sequence[Slot], prefixes: Sequence[str]) -> tuple[Segment, list[Segment]]:
+    """(what lies outside, one segment for each name prefix)."""
+    inside = [[slot for slot in slots if slot.spec.name.startswith(prefix)] for prefix in prefixes]
+    names = {slot.spec.name for members in inside for slot in members}
+    outer = make_segment([slot for slot in slots if slot.spec.name not in names])
+    return outer, [make_segment(members, len(prefix)) for members, prefix in zip(inside, prefixes, strict=True)]
+
+
+def find_blocks(module: nn.Module, slots: Sequence[Slot]) -> tuple[str, nn.ModuleList | None]:
     """(name, ModuleList) of the model's repeated blocks: the list of one class that holds the most parameters."""
-    sizes = {slot.spec.name: slot.spec.numel for slot in layout}
+    sizes = {slot.spec.name: slot.spec.numel for slot in slots}
     best: tuple[str, nn.ModuleList | None] = ("", None)
     best_size = 0
     for name, candidate in module.named_modules():

@@ -1,0 +1,81 @@
+"""Parameters that are not trained: constants of the model, sharded like the others.
+
+A log holds trained parameters only. What a frozen one is, the model that was fine-tuned says: a live engine, or the
+checkpoint that training started from.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lmc_dist.shards.layout import ParamSpec, ShardLayout
+from lmc_dist.shards.vector import ShardedVector
+
+
+def frozen_layout(module: nn.Module, like: ShardLayout) -> ShardLayout | None:
+    """Where the frozen parameters of a module lie, by the rule and over the ranks of `like`; None where it has none."""
+    specs = [
+        ParamSpec(name, tuple(getattr(p, "ds_shape", p.shape)))
+        for name, p in module.named_parameters()
+        if not p.requires_grad
+    ]
+    return ShardLayout(specs, like.rank, like.world_size, like.rule, like.group) if specs else None
+
+
+@torch.no_grad()
+def read_frozen(module: nn.Module, like: ShardLayout) -> ShardedVector | None:
+    """This rank's shards of the frozen parameters, in host memory; None where there are none. Local.
+
+    Args:
+        module: Whole, partitioned by ZeRO-3, or sharded by FSDP2.
+        like: Layout of the trained parameters in the same module.
+    """
+    layout = frozen_layout(module, like)
+    if layout is None:
+        return None
+    shards = {}
+    for slot in layout:
+        parameter: Any = module.get_parameter(slot.spec.name)
+        if hasattr(parameter, "ds_tensor"):
+            shard = parameter.ds_tensor.detach().view(-1)[: slot.local_numel]
+        elif isinstance(parameter, DTensor):
+            shard = parameter.to_local().reshape(-1)
+        else:
+            shard = parameter.detach().reshape(-1)[slot.start : slot.end]
+        shards[slot.spec.name] = shard.to("cpu", torch.promote_types(shard.dtype, torch.float32), copy=True)
+    return ShardedVector.from_shards(layout, shards)
+
+
+def skeleton_of(module: nn.Module) -> nn.Module:
+    """A copy of a module in eval mode, parameters on the meta device, buffers copied, hooks left out.
+
+    For models that their config alone does not describe, such as one with adapters. The module may be partitioned.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        own = {name: _meta(p, memo) for name, p in part._parameters.items()}
+        memo[id(part._parameters)] = own
+        for name, value in vars(part).items():
+            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
+                memo[id(value)] = OrderedDict()
+    skeleton = deepcopy(module, memo).eval()
+    if (config := getattr(skeleton, "config", None)) is not None:
+        config.use_cache = False  # a block that runs again would meet its own keys of the first time
+    return skeleton
+
+
+def _meta(parameter: Any, memo: dict[int, Any]) -> Any:
+    """A parameter's stand-in, the same for every name it is tied to."""
+    if parameter is None:
+        return None
+    if id(parameter) not in memo:
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        stand_in = torch.empty(shape, dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=parameter.requires_grad)
+    return memo[id(parameter)]
