@@ -1,4 +1,4 @@
-"""The command line: `lmc train`, `lmc unlearn`, and the scripts in launch/ that call the same functions.
+"""The command line: `lmc train`, `lmc unlearn`, `lmc log …`, `lmc plan …`, and the scripts in launch/ that call the same.
 
 Nothing heavy is imported before the arguments are understood.
 """
@@ -6,21 +6,132 @@ Nothing heavy is imported before the arguments are understood.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from lmc_dist.config import Config
 
-TRAIN_EXAMPLES = """
+# What a command prints on rank 0, and its exit status where that is not 0.
+Outcome = str | tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `lmc`.
+
+    Attributes:
+        description: One line for the listing.
+        examples: Shown under its options.
+        settings: Fields of `Config` that it uses; a configuration file may hold the others, since one file serves all.
+        work: Does it, given settings and runtime; imports what it needs.
+        joins: Whom it runs with: the ranks of an `engine`, ranks that work on `files`, or `nobody`.
+        positional: Arguments without a name → the settings they are, with dots.
+    """
+
+    description: str
+    examples: str
+    settings: tuple[str, ...]
+    work: Callable[[Config, Any], Outcome]
+    joins: Literal["engine", "files", "nobody"] = "engine"
+    positional: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- what the commands do ----------------------------------------------------------------------------------------------
+
+
+def train_work(config: Config, runtime: Any) -> Outcome:
+    from pathlib import Path
+
+    from lmc_dist.console import training_table
+    from lmc_dist.log_commands.text import size
+    from lmc_dist.training import train
+    from lmc_dist.trajectory.contents import folder_bytes
+
+    text = training_table(train(config, runtime))
+    return f"{text} ({size(folder_bytes(Path(config.log_dir)))})"
+
+
+def unlearn_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.console import unlearning_table
+    from lmc_dist.unlearn.run import unlearn
+
+    return f"{unlearning_table(unlearn(config, runtime))}\nresults in {config.output_dir}"
+
+
+def spectrum_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.curvature import show_spectrum
+
+    return show_spectrum(config, runtime)
+
+
+def curvature_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.curvature import keep_curvature
+
+    return keep_curvature(config, runtime)
+
+
+def inspect_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.inspect import inspect_log
+
+    return inspect_log(config)
+
+
+def verify_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.verify import verify_log
+
+    return verify_log(config, runtime)
+
+
+def doctor_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.doctor import examine
+    from lmc_dist.log_commands.ranks import quiet_transformers
+
+    quiet_transformers()
+    return examine(config, runtime)
+
+
+def prune_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.prune import prune_log
+
+    return prune_log(config)
+
+
+def reshard_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.reshard import reshard_log
+
+    return reshard_log(config, runtime)
+
+
+def plan_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.plan import plan_log
+    from lmc_dist.log_commands.ranks import quiet_transformers
+
+    quiet_transformers()
+    return plan_log(config)
+
+
+# --- what they are called ----------------------------------------------------------------------------------------------
+
+LOG = {"LOG": "log_dir"}
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "Fine-tune a model and write a trajectory log.",
+        """
 examples:
   deepspeed --num_accelerators 2 launch/train.py --config configs/tofu.yaml --data.path DATA --model.path MODEL
   torchrun --nproc_per_node 2 launch/train.py --config configs/demo_base.yaml --log_dir runs/base_log --model_dir runs/base
   lmc train --config configs/demo.yaml --model.path runs/base --log_dir runs/log --train.learning_rate 0.02
 
 With a forget option the same command trains the reference: the run that never had that data.
-"""
-
-UNLEARN_EXAMPLES = """
+""",
+        ("data", "model", "train", "log", "forget", "log_dir", "model_dir", "resume", "overwrite"),
+        train_work,
+    ),
+    "unlearn": Command(
+        "Compute the model that the logged training would have reached without some data.",
+        """
 examples:
   deepspeed --num_accelerators 2 launch/unlearn.py --config configs/tofu.yaml --log_dir runs/tofu/log \\
       --forget.split forget01 --output_dir runs/tofu/unlearn --reference retrain
@@ -29,60 +140,147 @@ examples:
 
 what to forget: --forget.samples takes ids (3,17,20-29) or a .json/.jsonl file of ids, --forget.split the name of a
 split, --forget.batches ids of logged batches.
-"""
-
-SPECTRUM_EXAMPLES = """
+""",
+        ("data", "model", "forget", "unlearn", "log_dir", "output_dir", "reference", "compare", "overwrite"),
+        unlearn_work,
+    ),
+    "log inspect": Command(
+        "What a log holds, on one page: the run, which steps can be forgotten and how, bytes by kind.",
+        """
 examples:
-  lmc log spectrum --config configs/demo.yaml --model.path runs/base --log_dir runs/log
+  lmc log inspect runs/log
+  lmc log inspect runs/log --plot curves.png --json summary.json
+
+Also of a log that is being written, was cut off or is damaged: it says which steps are whole.
+""",
+        ("log_dir", "json", "plot"),
+        inspect_work,
+        "nobody",
+        LOG,
+    ),
+    "log verify": Command(
+        "Read all of a log and list every place that is not as it was written.",
+        """
+examples:
+  lmc log verify runs/log
+  torchrun --nproc_per_node 4 -m lmc_dist.cli log verify runs/log --json damage.json
+
+Exit status: 0 where all is whole, 1 where anything is damaged, 2 for bad input.
+""",
+        ("log_dir", "json"),
+        verify_work,
+        "files",
+        LOG,
+    ),
+    "log doctor": Command(
+        "Check everything a later deletion needs, and say what a given deletion could do.",
+        """
+examples:
+  lmc log doctor runs/log --config configs/demo.yaml --model.path runs/base
+  lmc log doctor runs/log --config configs/tofu.yaml --data.path DATA --model.path MODEL --forget.split forget01
+
+Exit status: 0, or 1 where a check failed or the deletion is not possible, 2 for bad input.
+""",
+        ("data", "model", "forget", "doctor", "log_dir", "json"),
+        doctor_work,
+        "files",
+        LOG,
+    ),
+    "log prune": Command(
+        "Take parts out of a log: old steps, vectors of a tier, snapshots, the samples' tokens.",
+        """
+examples:
+  lmc log prune runs/log --prune.before 500 --prune.dry_run true
+  lmc log prune runs/log --prune.to_tier update
+  lmc log prune runs/log --prune.snapshots_every 200 --prune.batch_data true
+
+It can be cut off at any moment: the log opens and verifies, and the same command ends the work.
+""",
+        ("prune", "log_dir", "json"),
+        prune_work,
+        "nobody",
+        LOG,
+    ),
+    "log reshard": Command(
+        "Write a log anew for another number of ranks or another partition rule, to the bit.",
+        """
+examples:
+  lmc log reshard runs/log runs/log4 --reshard.ranks 4
+  torchrun --nproc_per_node 2 -m lmc_dist.cli log reshard runs/log runs/log8 --reshard.ranks 8 --reshard.partition fsdp2
+
+Logs are read at any world size as they are; files as many as ranks are read faster. No process holds more than one
+parameter at a time.
+""",
+        ("reshard", "log_dir", "overwrite"),
+        reshard_work,
+        "files",
+        {**LOG, "OUT": "reshard.output"},
+    ),
+    "log spectrum": Command(
+        "Largest eigenvalues and trace of the curvature at a logged step, and what they mean for stability.",
+        """
+examples:
+  lmc log spectrum runs/log --config configs/demo.yaml --model.path runs/base
   deepspeed --num_accelerators 2 -m lmc_dist.cli log spectrum --config configs/tofu.yaml --log_dir runs/tofu/log \\
       --spectrum.step 62 --spectrum.mode exact --spectrum.json spectrum.json
-"""
-
-CURVATURE_EXAMPLES = """
+""",
+        ("data", "model", "spectrum", "log_dir"),
+        spectrum_work,
+        positional=LOG,
+    ),
+    "log curvature": Command(
+        "Keep the largest eigenpairs of the curvature beside the log, for use without model and data.",
+        """
 examples:
-  lmc log curvature --config configs/demo.yaml --model.path runs/base --log_dir runs/log --curvature.rank 64
+  lmc log curvature runs/log --config configs/demo.yaml --model.path runs/base --curvature.rank 64
   lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.batches 5 \\
       --unlearn.hessian_mode low_rank --unlearn.curvature default
-"""
-
-DESCRIPTIONS = {
-    "train": "Fine-tune under DeepSpeed ZeRO-3 and write a trajectory log.",
-    "unlearn": "Compute the model that the logged training would have reached without some data.",
-    "log spectrum": "Largest eigenvalues and trace of the curvature at a logged step, and what they mean for stability.",
-    "log curvature": "Keep the largest eigenpairs of the curvature beside the log, for use without model and data.",
+""",
+        ("data", "model", "curvature", "log_dir", "overwrite"),
+        curvature_work,
+        positional=LOG,
+    ),
+    "plan log": Command(
+        "Predict a log's size and cost before training, for every storage tier.",
+        """
+examples:
+  lmc plan log --config configs/tofu.yaml --data.path DATA --model.path MODEL --plan.world_size 8
+  lmc plan log --config configs/demo.yaml --model.path runs/base --plan.step_seconds 0.4 --json plan.json
+""",
+        ("data", "model", "train", "log", "plan", "log_dir", "json"),
+        plan_work,
+        "nobody",
+    ),
 }
 
-# Settings that a command does not use; a configuration file may still hold them, since one file serves all commands.
-_RUNS = {"train", "log", "forget", "unlearn", "model_dir", "output_dir", "reference", "compare", "resume"}
-UNUSED = {
-    "train": {"unlearn", "spectrum", "curvature", "output_dir", "reference", "compare"},
-    "unlearn": {"train", "log", "spectrum", "curvature", "model_dir", "resume"},
-    "log spectrum": _RUNS | {"curvature", "overwrite"},
-    "log curvature": _RUNS | {"spectrum"},
-}
+
+# --- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def build_parser(command: str | None, epilog: str = "") -> Any:
+def build_parser(name: str | None) -> Any:
     """The parser of a command: the settings it uses, with their docstrings as help; None knows all settings."""
     import argparse
 
     from jsonargparse import ArgumentParser
 
+    command = None if name is None else COMMANDS[name]
     parser = ArgumentParser(
-        prog=None if command is None else f"lmc {command}",
-        description=None if command is None else DESCRIPTIONS[command],
-        epilog=epilog,
+        prog=None if command is None else f"lmc {name}",
+        description=None if command is None else command.description,
+        epilog="" if command is None else command.examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         default_env=False,
     )
-    parser.add_class_arguments(Config, None, skip=UNUSED.get(command or "", set()))
+    for argument, setting in {} if command is None else command.positional.items():
+        parser.add_argument(argument, nargs="?", type=str, default=None, help=f"the same as --{setting}")
+    skipped = set() if command is None else {f.name for f in fields(Config)} - set(command.settings)
+    parser.add_class_arguments(Config, None, skip=skipped)
     return parser
 
 
-def parse(command: str, argv: Sequence[str], epilog: str) -> Config:
+def parse(name: str, argv: Sequence[str]) -> Config:
     """Settings of a command: defaults, then the file of --config, then the options. Exits with 2 on a bad one."""
-    everything = build_parser(None)
-    parser = build_parser(command, epilog)
+    everything, parser = build_parser(None), build_parser(name)
     parser.add_argument("--config", type=str, default=None, help="YAML or JSON file of settings; options override it")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher, not used")
     found = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
@@ -95,83 +293,57 @@ def parse(command: str, argv: Sequence[str], epilog: str) -> Config:
             parser.error(f"--config {path}: {error}")
         known = set(parser.get_defaults(skip_validation=True).keys())
         parser.set_defaults({key: value for key, value in settings.items() if key in known})
-    given = parser.parse_args(list(argv))
+    given, positional = parser.parse_args(list(argv)), COMMANDS[name].positional
     for key, value in given.items():
-        if key not in ("config", "local_rank") and not key.startswith("__"):
+        if key not in ("config", "local_rank", *positional) and not key.startswith("__"):
             settings[key] = value
+    for argument, setting in positional.items():
+        if given[argument] is not None:
+            settings[setting] = given[argument]
     instantiate = getattr(everything, "instantiate", None) or everything.instantiate_classes
     return Config(**vars(instantiate(settings)))
 
 
-def train_command(argv: Sequence[str] | None = None) -> None:
-    """`lmc train` and launch/train.py."""
-    config = parse("train", sys.argv[1:] if argv is None else argv, TRAIN_EXAMPLES)
-
-    def work(runtime: Any) -> str:
-        from lmc_dist.console import training_table
-        from lmc_dist.training import train
-
-        return training_table(train(config, runtime))
-
-    run_on_ranks(work)
+# --- running -----------------------------------------------------------------------------------------------------------
 
 
-def unlearn_command(argv: Sequence[str] | None = None) -> None:
-    """`lmc unlearn` and launch/unlearn.py."""
-    config = parse("unlearn", sys.argv[1:] if argv is None else argv, UNLEARN_EXAMPLES)
+def run_command(name: str, argv: Sequence[str]) -> None:
+    """Runs a command with the job's other ranks, prints its text on rank 0, and ends the process."""
+    config, command = parse(name, argv), COMMANDS[name]
+    from lmc_dist.runtime import run
 
-    def work(runtime: Any) -> str:
-        from lmc_dist.console import unlearning_table
-        from lmc_dist.unlearn.run import unlearn
-
-        return f"{unlearning_table(unlearn(config, runtime))}\nresults in {config.output_dir}"
-
-    run_on_ranks(work)
-
-
-def spectrum_command(argv: Sequence[str]) -> None:
-    """`lmc log spectrum`."""
-    config = parse("log spectrum", argv, SPECTRUM_EXAMPLES)
-
-    def work(runtime: Any) -> str:
-        from lmc_dist.log_commands import show_spectrum
-
-        return show_spectrum(config, runtime)
-
-    run_on_ranks(work)
-
-
-def curvature_command(argv: Sequence[str]) -> None:
-    """`lmc log curvature`."""
-    config = parse("log curvature", argv, CURVATURE_EXAMPLES)
-
-    def work(runtime: Any) -> str:
-        from lmc_dist.log_commands import keep_curvature
-
-        return keep_curvature(config, runtime)
-
-    run_on_ranks(work)
-
-
-def run_on_ranks(work: Callable[[Any], str]) -> None:
-    """Runs a command's work in the job's process group, prints its text on rank 0, and ends the process."""
-    from lmc_dist.runtime import init, run
-
-    def body() -> None:
-        runtime = init()
-        text = work(runtime)
+    def body() -> int:
+        runtime = join(command)
+        if command.joins == "nobody" and not runtime.is_main:
+            return 0
+        outcome = command.work(config, runtime)
+        text, status = outcome if isinstance(outcome, tuple) else (outcome, 0)
         if runtime.is_main:
             sys.stdout.write(text + "\n")
+        return status
 
     run(body)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train_command,
-    "unlearn": unlearn_command,
-    "log spectrum": spectrum_command,
-    "log curvature": curvature_command,
-}
+def join(command: Command) -> Any:
+    """This process among those that the command runs with. Collective."""
+    if command.joins == "engine":
+        from lmc_dist.runtime import init
+
+        return init()
+    from lmc_dist.log_commands.ranks import join_ranks
+
+    return join_ranks()
+
+
+def train_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc train` and launch/train.py."""
+    run_command("train", sys.argv[1:] if argv is None else argv)
+
+
+def unlearn_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc unlearn` and launch/unlearn.py."""
+    run_command("unlearn", sys.argv[1:] if argv is None else argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,27 +351,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     import argparse
 
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in COMMANDS)
+
+    def listing(names: Sequence[str]) -> str:
+        return "commands:\n" + "\n".join(f"  {name:<{width}}  {COMMANDS[name].description}" for name in names)
+
     parser = argparse.ArgumentParser(
         prog="lmc",
-        description=f"Remove the influence of training data from a fine-tuned language model.\n\ncommands:\n{listing}",
+        description=f"Remove the influence of training data from a fine-tuned language model.\n\n{listing(list(COMMANDS))}",
         epilog="`lmc COMMAND --help` shows a command's settings and examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=sorted({name.split()[0] for name in COMMANDS}))
+    parser.add_argument("command", choices=list(dict.fromkeys(name.split()[0] for name in COMMANDS)))
     arguments = list(sys.argv[1:] if argv is None else argv)
     group = parser.parse_args(arguments[:1]).command
     if group in COMMANDS:
-        COMMANDS[group](arguments[1:])
+        run_command(group, arguments[1:])
         return
-    nested = argparse.ArgumentParser(prog=f"lmc {group}", epilog=parser.epilog)
-    choices = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
-    nested.formatter_class = argparse.RawDescriptionHelpFormatter
-    nested.description = "commands:\n" + "\n".join(
-        f"  {name:<{width}}  {DESCRIPTIONS[f'{group} {name}']}" for name in choices
+    names = [name for name in COMMANDS if name.startswith(f"{group} ")]
+    nested = argparse.ArgumentParser(
+        prog=f"lmc {group}",
+        description=listing(names),
+        epilog=parser.epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    nested.add_argument("command", choices=choices)
-    COMMANDS[f"{group} {nested.parse_args(arguments[1:2]).command}"](arguments[2:])
+    nested.add_argument("command", choices=[name.split()[1] for name in names])
+    run_command(f"{group} {nested.parse_args(arguments[1:2]).command}", arguments[2:])
 
 
 if __name__ == "__main__":

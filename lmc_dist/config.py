@@ -48,6 +48,7 @@ class ModelConfig:
         vocab_size: Vocabulary of the tokenizer trained on the data when `path` is null.
         attn_implementation: Attention kernel of training.
         dropout: Sets every dropout probability of the model config when given.
+        trainable: Regular expression: parameters whose names it does not find are frozen; null trains all.
     """
 
     path: str | None = None
@@ -55,6 +56,7 @@ class ModelConfig:
     vocab_size: int = 512
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     dropout: float | None = None
+    trainable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class TrainConfig:
         warmup_steps: Steps of linear warm-up.
         max_grad_norm: Global-norm clipping; 0 turns it off.
         seed: Of weights, order and dropout.
+        engine: `deepspeed` (ZeRO stage 0 to 3), `fsdp2` (torch's fully_shard, a unit a block), `ddp`, or `single` (one
+            process).
         deepspeed: DeepSpeed JSON file; null is the built-in ZeRO-3 configuration.
     """
 
@@ -89,6 +93,7 @@ class TrainConfig:
     warmup_steps: int = 0
     max_grad_norm: float = 0.0
     seed: int = 0
+    engine: Literal["deepspeed", "fsdp2", "ddp", "single"] = "deepspeed"
     deepspeed: str | None = None
 
 
@@ -206,6 +211,68 @@ class CurvatureConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """How thorough `lmc log doctor` is.
+
+    Attributes:
+        read_tensors: Read all tensors as `lmc log verify` does; false looks at table, data and model only.
+    """
+
+    read_tensors: bool = True
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What `lmc log prune` takes out of a log.
+
+    Attributes:
+        before: Tensors and snapshots before this step go, but for the snapshot from which it can be reached.
+        to_tier: Vectors that this storage tier does not keep go; of `full`, updates are first made from its θ.
+        snapshots_every: Of the snapshots the first, the last and those at multiples of this stay.
+        batch_data: The tokens of samples go.
+        dry_run: Only say what would be freed and what could no longer be forgotten.
+    """
+
+    before: int | None = None
+    to_tier: Literal["replay", "update"] | None = None
+    snapshots_every: int | None = None
+    batch_data: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class ReshardConfig:
+    """How `lmc log reshard` writes a log anew.
+
+    Attributes:
+        output: Folder of the new log.
+        ranks: World size it will look as if written by.
+        partition: Rule by which parameters are cut, that of ZeRO-3 or that of FSDP2; null keeps the log's.
+    """
+
+    output: str | None = None
+    ranks: int | None = None
+    partition: Literal["zero3", "fsdp2"] | None = None
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `lmc plan log` assumes.
+
+    Attributes:
+        world_size: Ranks that will train.
+        step_seconds: Seconds of a training step without a log, to compare writing with; null compares nothing.
+        steps: Optimizer steps; null counts them from the data.
+        calibrate: Time the disk and the machine; false predicts sizes only.
+    """
+
+    world_size: int = 2
+    step_seconds: float | None = None
+    steps: int | None = None
+    calibrate: bool = True
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run: one file serves training, unlearning and the reference.
 
@@ -216,8 +283,11 @@ class Config:
         reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
         compare: Further methods measured on the same request: `tim`, `fisher`, `diag`, `low_rank`, `ggn`, `fd`, `exact`,
             `replay`, separated by commas.
+        json: File for what a log command finds.
+        plot: Picture of loss, update norm and learning rate (`lmc log inspect`), .png, .svg or .pdf.
         resume: Continue the training run whose log is in log_dir from its last snapshot, or begin it.
-        overwrite: Replace log_dir and model_dir (training) or output_dir (unlearning) of an earlier run.
+        overwrite: Replace log_dir and model_dir (training), output_dir (unlearning) or the resharded log of an earlier
+            run.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -228,10 +298,16 @@ class Config:
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    reshard: ReshardConfig = field(default_factory=ReshardConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     log_dir: str = "runs/log"
     model_dir: str | None = None
     output_dir: str = "runs/unlearn"
     reference: Literal["none", "retrain", "replay"] = "none"
     compare: str = ""
+    json: str | None = None
+    plot: str | None = None
     resume: bool = False
     overwrite: bool = False

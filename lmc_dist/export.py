@@ -8,23 +8,36 @@ from typing import Any
 
 import torch
 
+from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.checkpoint import write_checkpoint
 from lmc_dist.shards.vector import ShardedVector
 
 
 def export_model(
-    folder: Path, theta: ShardedVector, dtypes: Mapping[str, torch.dtype], model: torch.nn.Module, tokenizer: Any = None
+    folder: Path,
+    theta: ShardedVector,
+    dtypes: Mapping[str, torch.dtype],
+    model: torch.nn.Module,
+    tokenizer: Any = None,
+    frozen: ShardedVector | None = None,
 ) -> str:
     """Writes config, tokenizer and weights; returns the weights' checksum as read back from the files. Collective.
 
     Args:
         folder: Where to; see `runtime.promoted`.
-        theta: The weights.
+        theta: The trained weights.
         dtypes: Storage type of each parameter.
         model: A module of the architecture, for its config.
         tokenizer: Saved beside the weights when given.
+        frozen: The weights that were not trained (`shards.frozen`).
+
+    Raises:
+        LmcError: The model has frozen weights that were not given.
     """
+    trained = set(theta.layout.slots) | set(frozen.layout.slots if frozen is not None else ())
+    if missing := sorted({name for name, _ in model.named_parameters()} - trained):
+        raise LmcError(f"the checkpoint would lack frozen weights, the first {missing[0]}: pass them (frozen=)")
     with agreement(theta.layout.group):
         if theta.layout.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,4 +50,5 @@ def export_model(
                 generation.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-    return write_checkpoint(folder, theta, dtypes)
+    every = {name: p.dtype for name, p in model.named_parameters() if name not in dtypes} | dict(dtypes)
+    return write_checkpoint(folder, theta, every, frozen=frozen)

@@ -12,8 +12,9 @@ from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import Runtime
 from lmc_dist.shards.fingerprint import model_fingerprint
+from lmc_dist.shards.frozen import read_frozen
 from lmc_dist.shards.module import ShardedModule, build_skeleton
-from lmc_dist.training import build_config, build_dataset
+from lmc_dist.training import build_config, build_dataset, build_model, freeze
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.store import TrajectoryLog
 
@@ -40,8 +41,13 @@ def open_logged_run(config: Config, runtime: Runtime) -> LoggedRun:
     dataset, tokenizer = build_dataset(config)
     model_config = build_config(config.model, tokenizer)
     skeleton = build_skeleton(model_config, runtime.device, config.model.attn_implementation)
+    freeze(skeleton, config.model.trainable)
     check_fingerprints(log, dataset, model_config, skeleton)
-    module = ShardedModule(skeleton, log.layout, runtime.device)
+    frozen = None
+    if config.model.trainable is not None:  # the log holds trained weights only
+        seed = log.manifest.run.get("config", {}).get("train", {}).get("seed", config.train.seed)
+        frozen = read_frozen(build_model(config.model, model_config, seed), log.layout)
+    module = ShardedModule(skeleton, log.layout, runtime.device, frozen=frozen)
     return LoggedRun(log, dataset, tokenizer, model_config, module, DatasetBatches(dataset, runtime.device))
 
 

@@ -231,15 +231,15 @@ def cpu_group() -> dist.ProcessGroup | None:
     return _cpu_groups[default]
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Runs a command on this rank and leaves the process with its exit status: 0, or 2 after an LmcError.
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a command on this rank and leaves the process with the status it returns (None is 0), or 2 after an LmcError.
 
     Leaves by `os._exit`: with gloo a process that has finished all its work sometimes aborts in static destructors,
     and the launcher would report a failure. An error is never hidden by it.
     """
     status = 0
     try:
-        main()
+        status = main() or 0
         if dist.is_initialized():
             dist.barrier()
     except LmcError as error:

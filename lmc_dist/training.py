@@ -1,4 +1,4 @@
-"""Fine-tuning under native DeepSpeed ZeRO-3 with a trajectory log: the run that is unlearned from, and its reference.
+"""Fine-tuning under an engine with a trajectory log: the run that is unlearned from, and its reference.
 
 With a request in the configuration the same loop trains the counterfactual: forgotten samples stay in their places of
 the batches, masked, so that order and random numbers are those of the logged run.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,11 +33,14 @@ from lmc_dist.data import (
 from lmc_dist.errors import LmcError
 from lmc_dist.export import export_model
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
-from lmc_dist.shards.engines import backward_micro_batch, engine_shards
+from lmc_dist.shards.engines import engine_shards
+from lmc_dist.shards.engines.build import build_engine as build_any_engine
+from lmc_dist.shards.frozen import read_frozen
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.trajectory.files import MANIFEST_FILE, read_json, write_json
+from lmc_dist.trajectory.files import MANIFEST_FILE, write_json
 from lmc_dist.trajectory.lock import require_free
 from lmc_dist.trajectory.logger import TrainingLogger
+from lmc_dist.trajectory.manifest import read_manifest
 from lmc_dist.unlearn.request import make_request
 
 logger = logging.getLogger("lmc_dist")
@@ -128,10 +132,32 @@ def build_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.M
 
     torch.manual_seed(seed)
     if config.path is not None:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             config.path, config=model_config, attn_implementation=config.attn_implementation, dtype=torch.float32
         )
-    return AutoModelForCausalLM.from_config(model_config, attn_implementation=config.attn_implementation)
+    else:
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=config.attn_implementation)
+    freeze(model, config.trainable)
+    return model
+
+
+def freeze(model: torch.nn.Module, trainable: str | None) -> None:
+    """Freezes the parameters whose names the regular expression does not find; None freezes nothing.
+
+    Raises:
+        LmcError: Nothing is left to train, or not a regular expression.
+    """
+    if trainable is None:
+        return
+    try:
+        pattern = re.compile(trainable)
+    except re.error as error:
+        raise LmcError(f"model.trainable '{trainable}' is no regular expression: {error}") from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(pattern.search(name) is not None)
+    if not any(p.requires_grad for p in model.parameters()):
+        names = [name for name, _ in model.named_parameters()]
+        raise LmcError(f"model.trainable '{trainable}' finds no parameter; there are {', '.join(names[:3])}, …")
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -142,9 +168,6 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
             base |= json.loads(Path(config.deepspeed).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise LmcError(f"train.deepspeed '{config.deepspeed}': {error}") from None
-    stage = base.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise LmcError(f"train.deepspeed: ZeRO stage {stage} is not supported yet, only stage 3")
     if "optimizer" in base or "scheduler" in base:
         raise LmcError("train.deepspeed must not name an optimizer or scheduler: they come from the train settings")
     return base | {
@@ -162,12 +185,10 @@ def micro_steps(config: TrainConfig, world_size: int) -> int:
 
 
 def build_engine(model: torch.nn.Module, config: TrainConfig, world_size: int) -> Any:
-    """A DeepSpeed ZeRO-3 engine with torch's own optimizer. Collective."""
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, config), config=deepspeed_config(config, world_size)
-    )
+    """The configured engine with torch's own optimizer: DeepSpeed's, or the `EngineShards` of another. Collective."""
+    settings = deepspeed_config(config, world_size) if config.engine == "deepspeed" else {}
+    engine = build_any_engine(config.engine, model, lambda module: build_optimizer(module, config), settings)
+    engine_shards(engine).declare_clipping(config.max_grad_norm)
     return engine
 
 
@@ -228,11 +249,12 @@ class Trainer:
             self.model_config = build_config(config.model, self.tokenizer)
             model = build_model(config.model, self.model_config, train.seed)
         self.engine = build_engine(model, config.train, runtime.world_size)
+        self.shards = engine_shards(self.engine)
         from transformers import get_scheduler
 
         with agreement():
             self.scheduler = get_scheduler(
-                train.schedule, self.engine.optimizer.optimizer, train.warmup_steps, self.schedule.num_steps
+                train.schedule, self.shards.base, train.warmup_steps, self.schedule.num_steps
             )
         self.logger = TrainingLogger(
             config.log_dir,
@@ -247,12 +269,14 @@ class Trainer:
             resume=config.resume,
             dataset_fingerprint=self.dataset.fingerprint,
             loss_normalization="given" if self.request and self.request.kind == "zero" else "global_token_mean",
-            run={
-                "config": asdict(config),
-                "deepspeed": deepspeed_config(config.train, runtime.world_size),
-                "threads": torch.get_num_threads(),
-            },
+            run={"config": asdict(config), **self._engine_settings(), "threads": torch.get_num_threads()},
+            max_grad_norm=train.max_grad_norm,
         )
+
+    def _engine_settings(self) -> dict[str, Any]:
+        """DeepSpeed's whole configuration; the settings of other engines the logger finds itself."""
+        train = self.config.train
+        return {"deepspeed": deepspeed_config(train, self.runtime.world_size)} if train.engine == "deepspeed" else {}
 
     def _kept(self, ids: list[int]) -> list[int]:
         forgotten = self.request.sample_ids if self.request else frozenset()
@@ -262,7 +286,7 @@ class Trainer:
         """Trains to the end; returns a summary, equal on all ranks."""
         from tqdm import tqdm
 
-        self.engine.train()
+        self.shards.module.train()
         if not self.config.resume:
             remove_folder(Path(self.config.log_dir))  # an earlier run's, now that all else is known to be well
         self.logger.attach(self.engine)
@@ -270,6 +294,8 @@ class Trainer:
         first = self.logger.step
         if first and self.runtime.is_main:
             logger.info("resuming at step %d of %d", first, self.schedule.num_steps)
+        if first:
+            self.shards.warm_up(self._inputs(self.dataset.ids[:1], used=[]))
         bar = tqdm(self.schedule, total=self.schedule.num_steps, desc="train", disable=not self.runtime.is_main)
         try:
             for step, epoch, ids in bar:
@@ -286,10 +312,11 @@ class Trainer:
         self.logger.close()
         seconds = time.perf_counter() - started
         if self.config.model_dir is not None:
-            shards = engine_shards(self.engine)
+            shards = self.shards
             dtypes = dict.fromkeys(shards.layout.slots, torch.float32)
             with promoted(Path(self.config.model_dir)) as part:
-                export_model(part, shards.read(), dtypes, self.engine.module, self.tokenizer)
+                frozen = read_frozen(self.engine.module, shards.layout)
+                export_model(part, shards.read(), dtypes, self.engine.module, self.tokenizer, frozen)
         return {
             "steps": len(losses),
             "samples": len(self.dataset),
@@ -315,8 +342,8 @@ class Trainer:
             inputs = self._inputs(mine or ids[:1], used=self._kept(mine))
             torch.manual_seed(pass_seed(self.config.train.seed, step, m, self.runtime.rank))
             is_boundary = m == self.micro_steps - 1
-            total += backward_micro_batch(self.engine, inputs, num_items, self.runtime.world_size, is_boundary)
-        self.engine.step()
+            total += self.shards.run_pass(inputs, num_items, self.runtime.world_size, is_boundary, not is_boundary)
+        self.shards.step()
         torch.distributed.all_reduce(total)
         return float(total)
 
@@ -357,10 +384,12 @@ def check_same_config(log_dir: Path, config: Config) -> None:
     """
     if not (log_dir / MANIFEST_FILE).exists():
         return
-    logged = read_json(log_dir / MANIFEST_FILE)["run"].get("config", {})
+    logged = read_manifest(log_dir).run.get("config", {})
     mine = json.loads(json.dumps(asdict(config)))
     for section in ("data", "model", "train", "forget"):
         for key, value in mine[section].items():
+            if (section, key) in (("train", "engine"), ("train", "deepspeed")):
+                continue  # a run may go on under another engine
             if logged.get(section, {}).get(key, value) != value:
                 raise LmcError(
                     f"log_dir {log_dir} was trained with {section}.{key}={logged[section][key]}, not {value}: resume with "
@@ -377,6 +406,8 @@ def check_train_config(config: Config) -> None:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "momentum"):
         if not getattr(train, name) >= 0:
             raise LmcError(f"train.{name} must be ≥ 0, got {getattr(train, name)}")
+    if train.deepspeed is not None and train.engine != "deepspeed":
+        raise LmcError(f"train.deepspeed is for train.engine=deepspeed, not {train.engine}: leave it out")
     if train.max_steps is not None and train.max_steps < 1:
         raise LmcError(f"train.max_steps must be at least 1 or null, got {train.max_steps}")
 

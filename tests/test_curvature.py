@@ -219,7 +219,9 @@ def check_frozen(kind: str, oracle: tuple[Any, ...]) -> dict[str, float]:
         padded = [torch.zeros(whole.total_numel, dtype=torch.float64).index_put_((trained,), full) for full in fulls]
         everything = sharded(kind, True)
         with KeepDouble():
-            exact = hvp_apply([shard_of(whole, x) for x in padded], HVPConfig("exact"), everything[0], loss, *everything[1:])
+            exact = hvp_apply(
+                [shard_of(whole, x) for x in padded], HVPConfig("exact"), everything[0], loss, *everything[1:]
+            )
             for blocked in (True, False):
                 module = ShardedModule(skeleton, layout, blocked=blocked, frozen=read_frozen(model, layout))
                 assert len(module.segments.blocks) == (2 if blocked else 0)

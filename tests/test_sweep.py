@@ -18,7 +18,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.record import MicroRecord, StepLog, StepRecord, TrajectoryManifest
 from lmc_dist.unlearn.correction import compute_correction
 from lmc_dist.unlearn.source import micro_batches
-from lmc_dist.update_rules import SGDTangent
+from lmc_dist.update_rules import Deviation, Point, UpdateRule
 
 SAMPLES, BATCH, EPOCHS, PASSES = 25, 6, 2, 3  # the last batch of an epoch holds one sample
 
@@ -181,8 +181,9 @@ def check_truncation() -> None:
             from lmc_dist.curvature import hvp_apply
 
             dg = hvp_apply(expected, HVPConfig("GGN"), module, SquaredError(), log.theta(step), micros)
-            tangent = SGDTangent(log.layout, log.manifest.parameters, log.manifest.optimizer["groups"])
-            expected = tangent(log.theta(step), expected, dg, log.record(step).lr)
+            rule = UpdateRule(log.layout, log.manifest.parameters, log.manifest.optimizer)
+            point = Point(log.theta(step), log.record(step).lr)
+            expected = rule.tangents(point, [(Deviation(expected), dg)])[0].v
         assert (result.v - expected).norm() <= 1e-14 * expected.norm()
 
 
@@ -220,12 +221,15 @@ def check_refusals() -> None:
         correct(Counterfactual("zero", sample_ids=frozenset({3, 25, 99})))
     with pytest.raises(LmcError, match=r"not in the log: 77 \(it holds 0 to 9\)"):
         correct(Counterfactual("skip", batch_ids=frozenset({77})))
-    log.manifest.optimizer["class"] = "AdamW"
-    with pytest.raises(LmcError, match="trained with AdamW; corrections are available for plain SGD only"):
+    log.manifest.optimizer["class"] = "Muon"
+    with pytest.raises(LmcError, match="trained with Muon; corrections know the update rules of SGD, Adam, AdamW,"):
+        correct(REQUESTS["one batch"])
+    log.manifest.optimizer["class"] = "FusedAdam"
+    with pytest.raises(LmcError, match=r"FusedAdam and weight_decay=0\.05, and does not say .*adam_w_mode"):
         correct(REQUESTS["one batch"])
     log.manifest.optimizer["class"] = "SGD"
-    log.manifest.optimizer["groups"][1]["momentum"] = 0.9
-    with pytest.raises(LmcError, match=r"SGD and momentum=0\.9"):
+    log.manifest.optimizer["groups"][1]["momentum"] = 0.9  # training had none: the first step, 0 → 1, is still the same
+    with pytest.raises(LmcError, match="step 1: the update rule of SGD does not give the logged step: off by"):
         correct(REQUESTS["one batch"])
     del log.manifest.optimizer["groups"][1]["momentum"]
     ring, _ = train(module, None, max_steps=4)

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer under ZeRO-3 on CPU ranks, logged by the callback and replayed to the bit."""
+"""The Hugging Face Trainer on CPU ranks, under several engines, logged by the callback and replayed to the bit."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from test_zero3 import GPT2, small_config
 from lmc_dist.errors import LmcError
 from lmc_dist.trajectory.store import TrajectoryLog
 
-ZERO3 = {
-    "zero_optimization": {"stage": 3},
+DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }
+ENGINES: dict[str, dict[str, Any] | None] = {
+    "deepspeed-zero3": DEEPSPEED | {"zero_optimization": {"stage": 3}},
+    "deepspeed-zero2": DEEPSPEED | {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "deepspeed-zero0": DEEPSPEED | {"zero_optimization": {"stage": 0}},
+    "ddp": None,
+}
 
 
-def make_trainer(folder: Path, configured: bool, optimizer: str = "sgd") -> tuple[Any, Any, Any]:
+def make_trainer(
+    folder: Path, configured: bool, optimizer: str = "sgd", engine: str = "deepspeed-zero3"
+) -> tuple[Any, Any, Any]:
     """(Trainer, dataset, logger); `configured` applies the cure for Trainer's silent single process."""
     import os
 
@@ -35,8 +42,11 @@ def make_trainer(folder: Path, configured: bool, optimizer: str = "sgd") -> tupl
 
     extra: dict[str, Any] = {}
     if configured:
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo")
+        if ENGINES[engine] is None:
+            PartialState(cpu=True, backend="gloo")
+        else:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+            PartialState(backend="gloo")
         extra["accelerator_config"] = {"use_configured_state": True}
     config = small_config(folder, GPT2)
     dataset, tokenizer = build_dataset(config)
@@ -58,7 +68,8 @@ def make_trainer(folder: Path, configured: bool, optimizer: str = "sgd") -> tupl
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=configured,
-        deepspeed=ZERO3,
+        deepspeed=ENGINES[engine],
+        bf16=engine == "deepspeed-zero2",
         **extra,
     )
     trainer = Trainer(
@@ -71,7 +82,7 @@ def make_trainer(folder: Path, configured: bool, optimizer: str = "sgd") -> tupl
     return trainer, dataset, logger
 
 
-def trainer_job(folder: Path) -> tuple[str, str, int]:
+def trainer_job(folder: Path, engine_name: str) -> tuple[str, str, int]:
     """Trains, then replays the log on a fresh engine: (logged, replayed) checksums and the steps verified."""
     from test_zero3 import build_for_replay
 
@@ -79,18 +90,20 @@ def trainer_job(folder: Path) -> tuple[str, str, int]:
     from lmc_dist.trajectory.batches import DatasetBatches
     from lmc_dist.trajectory.replay import replay, replay_engine
 
-    trainer, dataset, _ = make_trainer(folder, configured=True)
+    trainer, dataset, _ = make_trainer(folder, configured=True, engine=engine_name)
     trainer.train()
     log = TrajectoryLog(folder / "log")
+    assert log.manifest.engine == engine_name and log.manifest.max_grad_norm == 1.0
     engine = replay_engine(build_for_replay(small_config(folder, GPT2)), log)
     result = replay(engine, log, DatasetBatches(dataset))
     return str(log.record(log.num_steps - 1).checksum), checksum(result.theta), result.verified
 
 
-def test_trainer_run_is_logged_and_replayed_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_trainer_run_is_logged_and_replayed_to_the_bit(tmp_path: Path, engine: str) -> None:
     pool = Pool(2)
     try:
-        for logged, replayed, verified in pool.run(trainer_job, tmp_path):
+        for logged, replayed, verified in pool.run(trainer_job, tmp_path, engine):
             assert logged == replayed and verified == 4
     finally:
         pool.close()

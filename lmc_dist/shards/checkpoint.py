@@ -19,7 +19,7 @@ from safetensors import safe_open
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.checksum import checksum
-from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.layout import Slot
 from lmc_dist.shards.vector import ShardedVector
 
 _NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -27,52 +27,71 @@ _MAX_FILE_BYTES = 5 * 2**30
 
 
 def write_checkpoint(
-    folder: Path, theta: ShardedVector, dtypes: Mapping[str, torch.dtype], max_file_bytes: int = _MAX_FILE_BYTES
+    folder: Path,
+    theta: ShardedVector,
+    dtypes: Mapping[str, torch.dtype],
+    max_file_bytes: int = _MAX_FILE_BYTES,
+    frozen: ShardedVector | None = None,
 ) -> str:
     """Writes model weights as `save_pretrained` names them, and reads them back. Collective.
 
     Args:
         folder: Existing directory.
-        theta: Weights; tied ones once.
-        dtypes: Storage type of each parameter.
+        theta: Trained weights; tied ones once.
+        dtypes: Storage type of each parameter, frozen ones included.
         max_file_bytes: Weights are split into files of about this size.
+        frozen: The other weights of the model, over the same ranks.
 
     Returns:
-        The checksum that all ranks found in the files, equal to that of θ rounded to the storage type.
+        The checksum that all ranks found in the files for the trained weights, equal to that of θ rounded to the
+        storage type.
     """
     layout = theta.layout
-    files = plan_files(layout, dtypes, max_file_bytes)
+    vectors = [theta] if frozen is None else [theta, frozen]
+    slots = {slot.spec.name: slot for vector in vectors for slot in vector.layout}
+    files = plan_files(slots, dtypes, max_file_bytes)
     with agreement(layout.group):
         if layout.rank == 0:
             for name, entries in files.items():
-                header = encode_header(layout, dtypes, entries)
+                header = encode_header(slots, dtypes, entries)
                 with open(folder / name, "wb") as file:
                     file.write(header)
-                    file.truncate(len(header) + sum(nbytes(layout, dtypes, n) for n in entries))
+                    file.truncate(len(header) + sum(nbytes(slots, dtypes, n) for n in entries))
             if len(files) > 1:
                 weight_map = {entry: name for name, entries in files.items() for entry in entries}
-                total = sum(nbytes(layout, dtypes, entry) for entry in weight_map)
+                total = sum(nbytes(slots, dtypes, entry) for entry in weight_map)
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     with agreement(layout.group):
         for name, entries in files.items():
-            offset = len(encode_header(layout, dtypes, entries))
+            offset = len(encode_header(slots, dtypes, entries))
             with open(folder / name, "r+b") as file:
                 for entry in entries:
-                    slot, size = layout.slots[entry], dtypes[entry].itemsize
-                    data = theta[entry].detach().cpu().to(dtypes[entry]).contiguous()
+                    slot, size = slots[entry], dtypes[entry].itemsize
+                    vector = theta if entry in layout.slots else vectors[-1]
+                    data = vector[entry].detach().cpu().to(dtypes[entry]).contiguous()
                     file.seek(offset + slot.start * size)
                     file.write(data.view(torch.uint8).numpy().tobytes())
-                    offset += nbytes(layout, dtypes, entry)
+                    offset += nbytes(slots, dtypes, entry)
                 file.flush()
                 os.fsync(file.fileno())
     if layout.world_size > 1:
         dist.barrier(layout.group)
-    rounded = theta.clone()
+    found, *_ = [_verify(folder, vector, dtypes) for vector in vectors]
+    return found
+
+
+def _verify(folder: Path, vector: ShardedVector, dtypes: Mapping[str, torch.dtype]) -> str:
+    """The checksum of a vector as the files hold it. Collective.
+
+    Raises:
+        LmcError: It is not that of the vector.
+    """
+    rounded = vector.clone()
     for name, shard in rounded.items():
         shard.copy_(shard.to(dtypes[name]))
-    with agreement(layout.group):
-        stored = read_checkpoint(folder, theta)
+    with agreement(vector.layout.group):
+        stored = read_checkpoint(folder, vector)
     expected, found = checksum(rounded), checksum(stored)
     if found != expected:
         raise LmcError(f"checkpoint {folder} does not hold the weights that were written")
@@ -100,33 +119,35 @@ def slice_flat(tensor, shape: tuple[int, ...], start: int, end: int) -> torch.Te
     return tensor[first:last].reshape(-1)[start - first * row : end - first * row]
 
 
-def plan_files(layout: ShardLayout, dtypes: Mapping[str, torch.dtype], max_file_bytes: int) -> dict[str, list[str]]:
+def plan_files(
+    slots: Mapping[str, Slot], dtypes: Mapping[str, torch.dtype], max_file_bytes: int
+) -> dict[str, list[str]]:
     """File name → its parameters, in model order."""
     groups: list[list[str]] = [[]]
     size = 0
-    for slot in layout:
-        bytes_ = nbytes(layout, dtypes, slot.spec.name)
+    for name in slots:
+        bytes_ = nbytes(slots, dtypes, name)
         if groups[-1] and size + bytes_ > max_file_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(slot.spec.name)
+        groups[-1].append(name)
         size += bytes_
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def nbytes(layout: ShardLayout, dtypes: Mapping[str, torch.dtype], name: str) -> int:
-    return layout.slots[name].spec.numel * dtypes[name].itemsize
+def nbytes(slots: Mapping[str, Slot], dtypes: Mapping[str, torch.dtype], name: str) -> int:
+    return slots[name].spec.numel * dtypes[name].itemsize
 
 
-def encode_header(layout: ShardLayout, dtypes: Mapping[str, torch.dtype], names: list[str]) -> bytes:
+def encode_header(slots: Mapping[str, Slot], dtypes: Mapping[str, torch.dtype], names: list[str]) -> bytes:
     """The length-prefixed JSON header of a safetensors file, padded to eight bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
-        end = offset + nbytes(layout, dtypes, name)
-        shape = list(layout.slots[name].spec.shape)
+        end = offset + nbytes(slots, dtypes, name)
+        shape = list(slots[name].spec.shape)
         header[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -7,15 +7,21 @@ checkpoint that training started from.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lmc_dist.shards.layout import ParamSpec, ShardLayout
 from lmc_dist.shards.vector import ShardedVector
+
+# Attributes that DeepSpeed and FSDP2 hang on modules: their own state, with process groups in it.
+_ENGINES = ("ds_", "_ds_", "_original_parameters", "_external_params", "__composable_api")
 
 
 def frozen_layout(module: nn.Module, like: ShardLayout) -> ShardLayout | None:
@@ -62,12 +68,28 @@ def skeleton_of(module: nn.Module) -> nn.Module:
         own = {name: _meta(p, memo) for name, p in part._parameters.items()}
         memo[id(part._parameters)] = own
         for name, value in vars(part).items():
-            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
+            if "_hooks" in name:
                 memo[id(value)] = OrderedDict()
-    skeleton = deepcopy(module, memo).eval()
+            elif name.startswith(_ENGINES) and not isinstance(value, (int, str)):
+                memo[id(value)] = None
+    with _plain_classes(module):
+        skeleton = deepcopy(module, memo).eval()
     if (config := getattr(skeleton, "config", None)) is not None:
         config.use_cache = False  # a block that runs again would meet its own keys of the first time
     return skeleton
+
+
+@contextmanager
+def _plain_classes(module: nn.Module) -> Iterator[None]:
+    """The modules that `fully_shard` gave another class, which refuses to be copied, as what they were."""
+    changed = [(part, type(part)) for part in module.modules() if isinstance(part, FSDPModule)]
+    for part, kind in changed:
+        part.__class__ = kind.__bases__[1]
+    try:
+        yield
+    finally:
+        for part, kind in changed:
+            part.__class__ = kind
 
 
 def _meta(parameter: Any, memo: dict[int, Any]) -> Any:

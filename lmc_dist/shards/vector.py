@@ -46,9 +46,11 @@ class ShardedVector:
     def from_shards(cls, layout: ShardLayout, shards: dict[str, torch.Tensor]) -> ShardedVector:
         """Copies unpadded 1-D local shards into one buffer."""
         first = next(iter(shards.values()))
-        vector = cls.zeros(layout, first.dtype, first.device)
-        for name, shard in shards.items():
-            vector[name].copy_(shard)
+        vector = cls(layout, torch.empty(layout.flat_numel, dtype=first.dtype, device=first.device))
+        for slot in layout:
+            end = slot.offset + slot.local_numel
+            vector.flat[slot.offset : end].copy_(shards[slot.spec.name])
+            vector.flat[end : slot.offset + slot.padded].zero_()
         return vector
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -130,8 +132,9 @@ def gram(a: torch.Tensor, b: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
         (k, m) in float64, the same on every rank, on the CPU.
     """
     sums = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for i in range(0, a.shape[1], _CHUNK):
-        sums += a[:, i : i + _CHUNK].double() @ b[:, i : i + _CHUNK].double().T
+    columns = max(_CHUNK // (4 * max(len(a), len(b), 1)), 1 << 10)  # the doubles of a chunk stay in a CPU's cache
+    for i in range(0, a.shape[1], columns):
+        sums += a[:, i : i + columns].double() @ b[:, i : i + columns].double().T
     if layout.world_size > 1:
         dist.all_reduce(sums, group=layout.group)
     return sums.cpu()

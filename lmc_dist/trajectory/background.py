@@ -39,6 +39,12 @@ class BackgroundWriter:
                 self._held += num_bytes
                 self._changed.notify_all()
 
+    @property
+    def more_waits(self) -> bool:
+        """Whether a job that keeps memory alive waits behind the one that runs; for that one to ask."""
+        with self._changed:
+            return len(self._jobs) > 1 and self._held > self._jobs[0][1]
+
     def drain(self) -> None:
         """Waits until all jobs are done, or one has failed."""
         with self._changed:

@@ -14,7 +14,7 @@ from lmc_dist.trajectory.logger import TrainingLogger
 
 
 class TrainingLoggerCallback(TrainerCallback):
-    """Logs a Hugging Face `Trainer` run under DeepSpeed ZeRO-3; every rank constructs one.
+    """Logs a Hugging Face `Trainer` run, under DeepSpeed, DistributedDataParallel or alone; every rank constructs one.
 
     The dataset's items need an integer `index` field, and `TrainingArguments` needs `remove_unused_columns=False`.
 
@@ -40,6 +40,8 @@ class TrainingLoggerCallback(TrainerCallback):
             )
         if args.remove_unused_columns:
             raise LmcError("TrainingArguments needs remove_unused_columns=False, or the samples' ids are dropped")
+        if self.logger.max_grad_norm is None and not args.deepspeed:  # DeepSpeed clips as its own settings say
+            self.logger.max_grad_norm = args.max_grad_norm or 0.0
         self.logger.attach(kwargs["model"], kwargs["optimizer"])
 
     def on_step_begin(
@@ -54,14 +56,16 @@ class TrainingLoggerCallback(TrainerCallback):
 
 
 @contextmanager
-def training_log(engine: Any, log_dir: str, **settings: Any) -> Iterator[TrainingLogger]:
-    """Logs every step of a DeepSpeed engine inside the block. Collective.
+def training_log(
+    engine: Any, log_dir: str, optimizer: Any = None, scaler: Any = None, **settings: Any
+) -> Iterator[TrainingLogger]:
+    """Logs every step of an engine inside the block; engine, optimizer and scaler as for `attach`. Collective.
 
     Batches carry an `index` field with the samples' ids; `settings` are those of `TrainingLogger`. After an error
     inside the block the log keeps its whole steps and gets no final snapshot.
     """
     logger = TrainingLogger(log_dir, **settings)
-    logger.attach(engine)
+    logger.attach(engine, optimizer, scaler=scaler)
     try:
         yield logger
     except BaseException:

@@ -53,7 +53,10 @@ def decode(stored: torch.Tensor, dtype: torch.dtype, numel: int, compression: Co
         return stored
     size = dtype.itemsize
     try:
-        data = zstandard.ZstdDecompressor().decompress(stored.numpy().data, max_output_size=max(numel * size, 1))
+        packed = stored.numpy().data
+        if (claimed := zstandard.frame_content_size(packed)) != numel * size:  # that much memory would be taken
+            raise LmcError(f"it decompresses to {claimed} bytes, {numel} elements need {numel * size}")
+        data = zstandard.ZstdDecompressor().decompress(packed)
     except zstandard.ZstdError as error:
         raise LmcError(f"its compressed bytes are damaged ({error})") from None
     if len(data) != numel * size:

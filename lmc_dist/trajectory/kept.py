@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmc_dist.curvature.low_rank import LowRank
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import promoted
 from lmc_dist.shards.layout import ShardLayout
-from lmc_dist.trajectory.files import ShardReader, read_json, write_json, write_shard_file
+from lmc_dist.trajectory.files import read_json, write_json, write_shard_file
+from lmc_dist.trajectory.reader import ShardReader
+
+if TYPE_CHECKING:
+    from lmc_dist.curvature.low_rank import LowRank
 
 SCHEMA_VERSION = 1
 FOLDER, DESCRIPTION = "curvature", "curvature.json"
@@ -123,6 +126,8 @@ def load_curvature(log_dir: Path, name: str, layout: ShardLayout, log_fingerprin
     Raises:
         LmcError: Unknown name, another log's, damaged files.
     """
+    from lmc_dist.curvature.low_rank import LowRank
+
     folder = curvature_folder(log_dir, name)
     if not (folder / DESCRIPTION).exists():
         known = ", ".join(kept_names(log_dir)) or "none"

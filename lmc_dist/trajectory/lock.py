@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmc_dist.errors import LmcError
+from lmc_dist.trajectory.sealed import DIGEST, content_digest, read_sealed
 
 LOCK_FILE = "lock.json"
 HEARTBEAT_SECONDS = 10.0
@@ -62,16 +63,18 @@ class LogLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(
-                {
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                    "started": started(os.getpid()),
-                    "token": self.token,
-                },
-                file,
-            )
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": started(os.getpid()),
+            "token": self.token,
+        }
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({**holder, DIGEST: content_digest(holder)}, file)
+        except OSError:  # no room: a file that says nothing would keep everybody out for a while
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _evict(self, holder: dict[str, Any]) -> None:
@@ -90,7 +93,9 @@ class LogLock:
         while not self._stop.wait(seconds):
             try:
                 if (read_holder(self.path) or {}).get("token") != self.token:
-                    self.error = LmcError(f"{self.path} was taken by another job while this one was writing")
+                    self.error = LmcError(
+                        f"{self.path} was taken by another job, or removed, while this one was writing"
+                    )
                     return
                 os.utime(self.path)
             except OSError as error:
@@ -118,22 +123,28 @@ def require_free(folder: Path) -> None:
 
 def refuse_living(folder: Path, holder: dict[str, Any], age: float, stale_seconds: float) -> None:
     if not is_dead(holder, age, stale_seconds):
+        who = (
+            f"process {holder.get('pid')} on {holder.get('host')}"
+            if holder
+            else f"a job that {LOCK_FILE} does not name"
+        )
         raise LmcError(
-            f"log_dir {folder} is being written by process {holder.get('pid')} on {holder.get('host')} (last sign of "
-            f"life {age:.0f} s ago): choose another log_dir, or stop that job. A job that died on another host is "
-            f"recognised after {stale_seconds:.0f} s without one"
+            f"log_dir {folder} is being written by {who} (last sign of life {age:.0f} s ago): choose another log_dir, or "
+            f"stop that job. A job that died on another host is recognised after {stale_seconds:.0f} s without one"
         )
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:
-    """Who holds a lock file; None where there is none, {} where its writer has not finished or was cut off."""
+    """Who holds a lock file; None where there is none, {} where its writer has not finished or it is damaged."""
     try:
-        holder = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
+        return read_sealed(path)
+    except LmcError:
+        return {} if path.exists() or path.is_symlink() else None
+
+
+def is_lock_file(name: str) -> bool:
+    """Whether a file of a log directory is its lock, or was left behind by somebody who looked at it or took it over."""
+    return name == LOCK_FILE or name.startswith(f"{LOCK_FILE}.")
 
 
 def heartbeat_age(path: Path) -> float:

@@ -1,12 +1,13 @@
 """TrainingLogger: watches a training engine and writes the trajectory log, every rank its own shards.
 
 It hooks two places and needs no change to the training loop: a forward pre-hook takes the samples' `index` field, the
-loss normalisation and the random state of each pass; a wrapper of the optimizer's `step` takes the learning rate that
-is used, the gradient norm and the shards before and after.
+loss normalisation and the random state of each pass; the engine reports its optimizer steps (`EngineShards.watch`), of
+which the learning rate that is used, the gradient norm and the shards before and after are taken.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -17,18 +18,22 @@ import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agree, agreement
-from lmc_dist.shards.checksum import checksum
-from lmc_dist.shards.engines import ZeRO3Shards, engine_shards
+from lmc_dist.shards.engines import EngineShards, engine_shards
+from lmc_dist.shards.engines.passes import is_measuring
+from lmc_dist.shards.engines.wrappers import accelerate_autocast
 from lmc_dist.shards.fingerprint import model_config, model_fingerprint, parameter_table
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import get_rng_state
+from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.codec import COMPRESSIONS
 from lmc_dist.trajectory.passes import (
     BATCH_INPUTS,
     Pass,
     batch_samples,
+    check_autocast,
     clip_coefficient,
+    first_leaf,
     gather_to_main,
     merge_passes,
     step_statistics,
@@ -39,6 +44,7 @@ from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.trajectory.writer import LogWriter
 
 STORED_DTYPES = ("float32", "bfloat16")
+AUTOCAST_DTYPES = ("bfloat16", "float16")
 IGNORED = -100
 
 
@@ -46,16 +52,18 @@ IGNORED = -100
 class _Attached:
     """What belongs to one attached engine."""
 
-    shards: ZeRO3Shards
+    shards: EngineShards
     writer: LogWriter
     before: ShardedVector
     gradient: ShardedVector | None = None
+    lrs: tuple[float, ...] = ()
+    loss_scale: float = 1.0
     passes: list[Pass] = field(default_factory=list)
     undo: list[Any] = field(default_factory=list)
 
 
 class TrainingLogger:
-    """Records every optimizer step of a DeepSpeed ZeRO-3 engine. All ranks construct and use it together.
+    """Records every optimizer step of a training engine (docs/engines.md). All ranks construct and use it together.
 
     Args:
         log_dir: New or empty directory, shared by all ranks.
@@ -64,7 +72,7 @@ class TrainingLogger:
             `full` (g_s and θ_{s+1}, which holds u_s).
         save_interval: Steps between snapshots; None keeps the first and the last only.
         save_batch_data: Keep the tokens of every sample, once, so that unlearning needs no dataset.
-        update_dtype: `float32` keeps every θ_s to the bit; `bfloat16` halves u_s, and what is rounded away is added to
+        update_dtype: `float32` (the masters' own type, where they are float64) keeps every θ_s to the bit; `bfloat16` halves u_s, and what is rounded away is added to
             the next step's, so that θ_s is never off by more than one update's rounding.
         gradient_dtype: `float32`, or `bfloat16` rounded to nearest.
         compression: `none`, or `zstd` of the tensors' shuffled bytes.
@@ -72,6 +80,10 @@ class TrainingLogger:
         resume: Continue the run whose log is in `log_dir`, from its last snapshot; begin it where there is none.
         dataset_fingerprint: Digest of the training data, compared before a later deletion.
         loss_normalization: What the loss of a step is (docs/method.md §1); checked at every step where it can be.
+        max_grad_norm: What a torch training loop clips the global gradient norm to; None is no clipping, checked at
+            every step. The Trainer's arguments and DeepSpeed's configuration say it themselves.
+        autocast: What a torch training loop computes in by `torch.autocast`, `bfloat16` or `float16`; None is nothing,
+            checked at every step. Where accelerate does it, it is found.
         run: Free-form JSON about the run, such as its configuration.
 
     Raises:
@@ -93,6 +105,8 @@ class TrainingLogger:
         dataset_fingerprint: str | None = None,
         loss_normalization: LossNormalization = "global_token_mean",
         run: dict[str, Any] | None = None,
+        max_grad_norm: float | None = None,
+        autocast: str | None = None,
     ) -> None:
         choices = {
             "log storage": (mode, tuple(TIERS)),
@@ -100,6 +114,8 @@ class TrainingLogger:
             "gradient_dtype": (gradient_dtype, STORED_DTYPES),
             "compression": (compression, COMPRESSIONS),
         }
+        if autocast is not None:
+            choices["autocast"] = (autocast, AUTOCAST_DTYPES)
         for name, (value, known) in choices.items():
             if value not in known:
                 raise LmcError(f"unknown {name} '{value}'; available: {', '.join(known)}")
@@ -109,6 +125,8 @@ class TrainingLogger:
         ):
             if value != "float32" and kind not in TIERS[mode]:
                 raise LmcError(f"{name}={value} has no effect: log storage '{mode}' keeps no {kind}s; leave it out")
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise LmcError(f"max_grad_norm must be ≥ 0 or null, got {max_grad_norm}")
         if not buffer_mb > 0:
             raise LmcError(f"buffer_mb must be above 0, got {buffer_mb}")
         for name, number in (("max_steps", max_steps), ("save_interval", save_interval)):
@@ -122,56 +140,68 @@ class TrainingLogger:
         self.update_dtype, self.gradient_dtype, self.compression = update_dtype, gradient_dtype, compression
         self.dataset_fingerprint, self.run = dataset_fingerprint, run or {}
         self.loss_normalization = loss_normalization
+        self.max_grad_norm, self.autocast = max_grad_norm, autocast
         self.epoch = 0.0
         self.step = 0
         self._attached: _Attached | None = None
         self._automatic = True
         self._sent: set[tuple[int, int]] = set()  # samples whose tokens are with rank 0 already
 
-    def attach(self, model: Any, optimizer: Any = None, automatic: bool = True) -> None:
+    def attach(self, model: Any, optimizer: Any = None, automatic: bool = True, scaler: Any = None) -> None:
         """Starts logging: writes the manifest and θ_0, installs the hooks. Collective.
 
         With `resume` the engine's weights and optimizer state are set to those of the log's last snapshot, and `step`
         says where the run continues; the training loop skips the steps before it.
 
         Args:
-            model: The DeepSpeed engine, or its module with `optimizer` given.
-            optimizer: The engine's optimizer, wrapped or not.
+            model: The engine: see `engine_shards`.
+            optimizer: Its optimizer, wrapped or not; a DeepSpeed engine knows its own.
             automatic: Register a step after each `optimizer.step`; False leaves it to `register_step`.
+            scaler: The loop's `torch.amp.GradScaler`; accelerate's optimizer knows its own.
 
         Raises:
-            LmcError: Unsupported engine, log_dir not empty, already attached.
+            LmcError: Unsupported engine, log_dir not empty, already attached, working weights that are not the masters'.
         """
         if self._attached is not None:
             raise LmcError("the logger is already attached to an engine")
-        shards = engine_shards(model, optimizer)
-        if not isinstance(shards, ZeRO3Shards):
-            raise LmcError(f"training under {shards.name} cannot be logged yet, only DeepSpeed ZeRO-3")
-        if odd := {str(p.dtype) for p in shards.parameters.values()} - {"torch.float32"}:
-            raise LmcError(f"training in {', '.join(sorted(odd))} cannot be logged yet, only float32")
-        manifest = self._manifest(shards)
+        shards = engine_shards(model, optimizer, scaler)
+        keeps_gradient = "gradient" in TIERS[self.mode]
+        with agreement(shards.layout.group):
+            shards.declare_clipping(self.max_grad_norm)
+            autocast = self.autocast or accelerate_autocast(shards.module)
+            if autocast is not None:
+                shards.autocast = getattr(torch, autocast)
+            manifest = self._manifest(shards)
         resumed = resume(self.log_dir, manifest, shards.layout) if self.resume else None
         if resumed is not None:
             self.step = resumed.step
             shards.write(resumed.vectors.pop("theta"))
             shards.write_state(resumed.vectors, resumed.scalars)
         before = shards.read()
-        start = before if resumed is None else resumed.followed
+        try:
+            shards.verify(before)
+        except LmcError as error:
+            raise LmcError(
+                f"{error}: set them by shards = engine_shards(model, optimizer); shards.write(shards.read()) before training"
+            ) from None
+        start = before if resumed is None else relayout(resumed.followed, shards.layout)
         writer = LogWriter(self.log_dir, manifest, shards.layout, int(self.buffer_mb * 2**20), start, resumed)
         attached = _Attached(shards, writer, before)
         self._attached, self._automatic = attached, automatic
         self._snapshot(attached, self.step)
         writer.finish()
         module = shards.module
-        attached.undo.append(
-            module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True).remove
-        )
-        attached.undo.append(module.register_forward_hook(self._after_forward, with_kwargs=True).remove)
-        if automatic or "gradient" in TIERS[self.mode]:
-            self._wrap_step(attached)
+        attached.undo = [
+            module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True).remove,
+            module.register_forward_hook(self._after_forward, with_kwargs=True).remove,
+            first_leaf(module).register_forward_pre_hook(self._inside_forward).remove,
+            shards.watch(
+                lambda: self._before_step(attached, keeps_gradient), lambda: self._after_step(attached), keeps_gradient
+            ),
+        ]
 
-    def _manifest(self, shards: ZeRO3Shards) -> TrajectoryManifest:
-        module, optimizer = shards.module, shards.optimizer.optimizer
+    def _manifest(self, shards: EngineShards) -> TrajectoryManifest:
+        module, dtype = shards.module, str(shards.master_dtype).removeprefix("torch.")
         # ZeRO-3 regroups parameters into sub-groups; their order follows the client's groups, whose settings they share.
         settings = [
             {
@@ -179,15 +209,17 @@ class TrainingLogger:
                 for k, v in group.items()
                 if k != "params" and isinstance(v, (int, float, str, bool, tuple, type(None)))
             }
-            for group in optimizer.param_groups
+            for group in shards.param_groups
         ]
-        groups = parameter_groups(shards)
+        groups = shards.group_of
+        settings_key = "deepspeed" if shards.name.startswith("deepspeed") else "engine"
+        computed = {} if shards.autocast is None else {"autocast": str(shards.autocast).removeprefix("torch.")}
         table = [{**row, "group": groups[row["name"]]} for row in parameter_table(module)]
         return TrajectoryManifest(
             model_config=model_config(module),
             model_fingerprint=model_fingerprint(module),
             parameters=table,
-            optimizer={"class": type(optimizer).__name__, "groups": settings},
+            optimizer={"class": shards.optimizer_class, "groups": settings},
             loss_normalization=self.loss_normalization,
             max_grad_norm=shards.max_grad_norm,
             dataset_fingerprint=self.dataset_fingerprint,
@@ -196,17 +228,20 @@ class TrainingLogger:
             storage=self.mode,
             save_interval=self.save_interval,
             max_steps=self.max_steps,
-            update_dtype=self.update_dtype,
-            gradient_dtype=self.gradient_dtype,
+            partition=shards.layout.rule,
+            dtype=dtype,
+            update_dtype=dtype if self.update_dtype == "float32" else self.update_dtype,
+            gradient_dtype=dtype if self.gradient_dtype == "float32" else self.gradient_dtype,
             compression=self.compression,
             save_batch_data=self.save_batch_data,
-            run=self.run,
+            run={settings_key: shards.settings} | computed | self.run,
             versions=package_versions(),
         )
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index = kwargs.pop("index", None)
-        if self._attached is not None and module.training and torch.is_grad_enabled():
+        if self._is_watching(module):
+            assert self._attached is not None
             if index is None and self._automatic:
                 raise LmcError(
                     "no sample ids reach the model: every batch needs an `index` field with the dataset's ids "
@@ -220,16 +255,29 @@ class TrainingLogger:
                     num_items=None if items is None else float(items),
                     random_state=get_rng_state(self._device(kwargs)),
                     inputs={name: kwargs[name] for name in BATCH_INPUTS if torch.is_tensor(kwargs.get(name))},
+                    is_local=self._attached.shards.is_local_pass(),
                 )
             )
         return args, kwargs
+
+    def _is_watching(self, module: Any) -> bool:
+        """Whether the pass that runs is training's. Local."""
+        return self._attached is not None and module.training and torch.is_grad_enabled() and not is_measuring()
+
+    def _inside_forward(self, leaf: Any, args: tuple[Any, ...]) -> None:
+        """In the first of the model's parts, where an autocast of the model's own forward is on as well."""
+        attached = self._attached
+        if attached is not None and attached.passes and self._is_watching(attached.shards.module):
+            device = next((v.device.type for v in args if torch.is_tensor(v)), "cpu")
+            if torch.is_autocast_enabled(device):
+                attached.passes[-1].autocast = torch.get_autocast_dtype(device)
 
     @staticmethod
     def _device(kwargs: dict[str, Any]) -> torch.device:
         return next((v.device for v in kwargs.values() if torch.is_tensor(v)), torch.device("cpu"))
 
     def _after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._attached is None or not self._attached.passes or not (module.training and torch.is_grad_enabled()):
+        if self._attached is None or not self._attached.passes or not self._is_watching(module):
             return
         last = self._attached.passes[-1]
         last.drew_random = not torch.equal(last.random_state, get_rng_state(self._device(kwargs)))
@@ -239,28 +287,24 @@ class TrainingLogger:
             if loss.requires_grad:  # what the loss is multiplied by on the way to the gradient
                 loss.register_hook(lambda seed: setattr(last, "seed", seed.detach()))
 
-    def _wrap_step(self, attached: _Attached) -> None:
-        optimizer = attached.shards.optimizer
-        original = optimizer.step
+    def _before_step(self, attached: _Attached, keeps_gradient: bool) -> None:
+        attached.lrs = rates(attached.shards)
+        attached.loss_scale = attached.shards.loss_scale
+        if keeps_gradient:
+            attached.gradient = attached.shards.step_gradient()
 
-        def step(*args: Any, **kwargs: Any) -> Any:
-            lrs = tuple(float(group["lr"]) for group in optimizer.optimizer.param_groups)
-            if "gradient" in TIERS[self.mode]:
-                attached.gradient = read_gradient(attached.shards)
-            result = original(*args, **kwargs)
-            if self._automatic:
-                self._register(attached, self.step, lrs, None)
-            return result
-
-        optimizer.step = step
-        attached.undo.append(lambda: setattr(optimizer, "step", original))
+    def _after_step(self, attached: _Attached) -> None:
+        if self._automatic:
+            self._register(attached, self.step, attached.lrs, None, attached.shards.applied)
 
     def skip_step(self) -> None:
-        """Records a step that does not happen: a reference run leaves it out. Collective."""
+        """Records a step that does not happen: a reference run leaves it out, or the loop drops its gradient. Collective."""
         attached = self._require_attached()
-        total = checksum(attached.before)
-        lrs = tuple(float(group["lr"]) for group in attached.shards.optimizer.optimizer.param_groups)
-        record = StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False, checksum=total)
+        lrs = rates(attached.shards)
+        if attached.passes:
+            self._register(attached, self.step, lrs, None, applied=False)
+            return
+        record = StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False)
         attached.writer.store(self.step, attached.before, attached.before, None, False)
         reports = gather_to_main(attached.writer.report(), attached.shards.layout)
         with agreement(attached.shards.layout.group):
@@ -287,16 +331,15 @@ class TrainingLogger:
         attached = self._require_attached()
         if self._automatic:
             raise LmcError("steps are registered automatically; use attach(..., automatic=False) to do it by hand")
-        module = getattr(model, "module", model)
-        if module is not attached.shards.module and model is not attached.shards.module:
+        if model is not attached.shards and attached.shards.module not in (model, getattr(model, "module", model)):
             raise LmcError("register_step got another model than the one the logger is attached to")
         if step_id != self.step:
             raise LmcError(f"step {step_id} does not follow step {self.step - 1}")
         with agreement(attached.shards.layout.group):
             if batch_data is not None:
                 self._take_ids(attached.passes, batch_data)
-        groups = len(attached.shards.optimizer.optimizer.param_groups)
-        self._register(attached, batch_id, (float(eta),) * groups, step_id)
+        lrs = (float(eta),) * len(attached.shards.param_groups)
+        self._register(attached, batch_id, lrs, step_id, attached.shards.applied)
 
     @staticmethod
     def _take_ids(passes: list[Pass], batch_data: dict[str, Any]) -> None:
@@ -307,24 +350,30 @@ class TrainingLogger:
         for seen, given in zip(passes, ids, strict=True):
             seen.sample_ids = [int(i) for i in given]
 
-    def _register(self, attached: _Attached, batch_id: int, lrs: tuple[float, ...], step_id: int | None) -> None:
+    def _register(
+        self, attached: _Attached, batch_id: int, lrs: tuple[float, ...], step_id: int | None, applied: bool
+    ) -> None:
         step = self.step if step_id is None else step_id
         shards, layout = attached.shards, attached.shards.layout
         after = shards.read()
         grad_norm = shards.grad_norm
-        update = after - attached.before
         flags = (attached.writer.failed, attached.writer.snapshot_done)
-        total, stats = step_statistics(update, after, attached.passes, layout, flags)
+        stats = step_statistics(attached.before, after, attached.passes, layout, flags)
         if any(failed for failed, _ in stats["flags"]):
             attached.writer.raise_error()
-        u_norm = stats["u_square"] ** 0.5
         # Without a gradient nothing happened, unless the optimizer carries momentum or counts its steps.
-        applied = shards.applied and (grad_norm != 0 or u_norm > 0 or shards.has_state)
-        self._check(step, applied and grad_norm != 0, u_norm, lrs, stats, layout)
+        applied = applied and (grad_norm != 0 or stats["changed"] or shards.has_state)
+        self._check(step, applied and grad_norm != 0, lrs, stats, layout)
+        if applied and grad_norm is not None and not math.isfinite(grad_norm):
+            raise LmcError(
+                f"step {step}: the optimizer stepped with a gradient of norm {grad_norm}, so the weights are lost: skip such "
+                "steps, by a torch.amp.GradScaler (scaler=), or by logger.skip_step() in place of optimizer.step()"
+            )
         attached.writer.store(step, attached.before, after, attached.gradient, applied)
         with agreement(layout.group):
+            check_autocast(step, shards, attached.passes)
             wire = {
-                "passes": [p.to_wire() for p in attached.passes],
+                "passes": [p.to_wire(attached.loss_scale) for p in attached.passes],
                 "report": attached.writer.report(),
                 "samples": self._new_samples(attached.passes),
             }
@@ -344,8 +393,6 @@ class TrainingLogger:
                     grad_norm=grad_norm,
                     clip_coef=clip_coefficient(grad_norm, shards.max_grad_norm),
                     applied=applied,
-                    u_norm=u_norm,
-                    checksum=total,
                 )
                 samples = [sample for w in wires for sample in w["samples"]]
                 attached.writer.commit(record, [w["report"] for w in wires], samples)
@@ -385,13 +432,12 @@ class TrainingLogger:
         self,
         step: int,
         has_gradient: bool,
-        u_norm: float,
         lrs: tuple[float, ...],
         stats: dict[str, Any],
         layout: ShardLayout,
     ) -> None:
         """What is silently wrong elsewhere is an error here, the same on every rank."""
-        if has_gradient and u_norm == 0 and any(lrs):
+        if has_gradient and not stats["changed"] and any(lrs):
             raise LmcError(f"step {step}: the optimizer stepped with lr {lrs} but no weight changed")
         if layout.world_size > 1 and stats["same_ids"]:
             raise LmcError(
@@ -437,24 +483,9 @@ class TrainingLogger:
         self._attached = None
 
 
-def parameter_groups(shards: ZeRO3Shards) -> dict[str, int]:
-    """Parameter name → index of the optimizer group it belongs to."""
-    o = shards.optimizer
-    groups = {}
-    for name, parameter in shards.parameters.items():
-        sub_group = o.grad_position[o.get_param_id(parameter)][0]
-        groups[name] = int(o.sub_group_to_group_id[sub_group])
-    return groups
-
-
-def read_gradient(shards: ZeRO3Shards) -> ShardedVector:
-    """g_s, between the last backward pass and the optimizer's step: reduced over ranks, unscaled, unclipped. Local."""
-    o = shards.optimizer
-    pieces = {}
-    for name, parameter in shards.parameters.items():
-        gradient = o.get_local_fp32_grad_for_param(parameter).view(-1)[: shards.layout.slots[name].local_numel]
-        pieces[name] = gradient.float().div(float(o.loss_scale)).cpu()
-    return ShardedVector.from_shards(shards.layout, pieces)
+def rates(shards: EngineShards) -> tuple[float, ...]:
+    """Learning rate of each optimizer group. Local."""
+    return tuple(float(group["lr"]) for group in shards.param_groups)
 
 
 def package_versions() -> dict[str, str]:

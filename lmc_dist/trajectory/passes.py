@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
-from lmc_dist.shards.vector import ShardedVector, local_dot
+from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.record import LossNormalization, MicroRecord
+
+if TYPE_CHECKING:
+    from lmc_dist.shards.engines import EngineShards
+
+_CHUNK = 1 << 16  # elements
 
 
 @dataclass
@@ -29,21 +33,25 @@ class Pass:
     loss: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_local: bool = False
+    autocast: torch.dtype | None = None
 
     @property
     def num_rows(self) -> int | None:
         return len(self.inputs["input_ids"]) if "input_ids" in self.inputs else None
 
-    def to_wire(self) -> dict[str, Any]:
+    def to_wire(self, loss_scale: float = 1.0) -> dict[str, Any]:
+        """What rank 0 needs to know; the loss reached the gradient multiplied by `loss_scale` as well."""
         return {
             "ids": self.sample_ids,
             "targets": self.num_targets,
             "items": self.num_items,
             "loss": None if self.loss is None else float(self.loss),
-            "seed": None if self.seed is None else float(self.seed),
+            "seed": None if self.seed is None else float(self.seed) / loss_scale,
             "state": self.random_state.cpu().numpy().tobytes() if self.drew_random else None,
             # a pass whose ids are not those of its rows (a filler, a masked reference) cannot be regenerated from ids
             "digest": batch_digest(self.inputs) if self.num_rows == len(self.sample_ids) else None,
+            "local": self.is_local,
         }
 
 
@@ -80,29 +88,59 @@ def batch_samples(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     return samples
 
 
+def first_leaf(module: torch.nn.Module) -> torch.nn.Module:
+    """A part of the model without parts, the first by registration (a language model's embedding)."""
+    return next(part for part in module.modules() if not any(True for _ in part.children()))
+
+
+def check_autocast(step: int, shards: EngineShards, passes: Sequence[Pass]) -> None:
+    """Checks that the passes of a torch loop computed in what was declared, DeepSpeed's settings say it themselves. Local.
+
+    Raises:
+        LmcError: They did not, so that a replay would compute otherwise.
+    """
+    if shards.name.startswith("deepspeed"):
+        return
+    for seen in passes:
+        if seen.autocast != shards.autocast:
+            found, declared = (str(d).removeprefix("torch.") for d in (seen.autocast, shards.autocast))
+            raise LmcError(
+                f"step {step} computed under autocast {found}, declared is {declared}: pass autocast='{found}' to "
+                "TrainingLogger"
+            )
+
+
 def step_statistics(
-    update: ShardedVector,
+    before: ShardedVector,
     after: ShardedVector,
     passes: list[Pass],
     layout: ShardLayout,
     flags: Sequence[bool] = (),
-) -> tuple[str, dict[str, Any]]:
-    """(checksum of θ_{s+1}; ‖u‖², whether all ranks saw the same ids, their flags), equal on all ranks. One all-gather."""
+) -> dict[str, Any]:
+    """What must be known of a step at once, equal on all ranks. One all-gather; collective.
+
+    Returns:
+        `changed`: whether any weight did; `same_ids`: whether all ranks saw the same samples; `flags`: those of each rank.
+    """
     ids = repr([p.sample_ids for p in passes]).encode()
     digest = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big", signed=True)
-    square = torch.tensor([local_dot(update.flat, update.flat)], dtype=torch.float64).view(torch.int64)
-    mine = torch.cat([local_checksum(after).cpu(), square, torch.tensor([digest, *map(int, flags)])])
+    mine = torch.tensor([digest, int(differs(before.flat, after.flat)), *map(int, flags)])
     rows = mine[None]
     if layout.world_size > 1:
         gathered = [torch.empty_like(mine) for _ in range(layout.world_size)]
         dist.all_gather(gathered, mine, group=layout.group)
         rows = torch.stack(gathered)
     seen = any(p.sample_ids for p in passes)
-    return format_checksum(rows[:, :2].sum(0)), {
-        "u_square": float(rows[:, 2].contiguous().view(torch.float64).sum()),
-        "same_ids": seen and len(set(rows[:, 3].tolist())) == 1,
-        "flags": [tuple(map(bool, row)) for row in rows[:, 4:].tolist()],
+    return {
+        "same_ids": seen and len(set(rows[:, 0].tolist())) == 1,
+        "changed": bool(rows[:, 1].any()),
+        "flags": [tuple(map(bool, row)) for row in rows[:, 2:].tolist()],
     }
+
+
+def differs(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two 1-D tensors differ in any element; looks no further than the first difference."""
+    return any(not torch.equal(x, y) for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True))
 
 
 def gather_to_main(value: Any, layout: ShardLayout) -> list[Any]:
@@ -151,7 +189,7 @@ def merge_passes(
         # The engine averages over ranks, so a sum over them needs a loss multiplied by their number.
         check_seeds(passes, len(ranks) if normalization == "global_token_mean" else 1 / micro_steps)
     records = tuple(
-        MicroRecord(r, m, tuple(p["ids"]), d, p["state"], p["digest"])
+        MicroRecord(r, m, tuple(p["ids"]), d, p["state"], p["digest"], p["local"])
         for (r, m, p), d in zip(passes, denominators, strict=True)
     )
     losses = [p["loss"] for _, _, p in passes]
@@ -178,7 +216,7 @@ def check_seeds(passes: list[tuple[int, int, dict[str, Any]]], expected: float) 
 
 
 def clip_coefficient(grad_norm: float | None, max_grad_norm: float) -> float:
-    """What clipping multiplied the gradient by, as DeepSpeed computes it."""
+    """What clipping multiplied the gradient by, as DeepSpeed and torch compute it."""
     if not max_grad_norm or grad_norm is None or grad_norm != grad_norm:
         return 1.0
     return 1.0 / max((grad_norm + 1e-6) / max_grad_norm, 1.0)

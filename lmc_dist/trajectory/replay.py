@@ -7,21 +7,25 @@ training to the bit; at another one passes are dealt out anew and only rounding 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.checksum import checksum
-from lmc_dist.shards.engines import backward_micro_batch, engine_shards
+from lmc_dist.shards.engines import EngineShards, engine_shards
+from lmc_dist.shards.engines.build import build_engine
+from lmc_dist.shards.engines.driven import NUMERIC
 from lmc_dist.shards.module import set_rng_state
+from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource, mask_samples
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
-from lmc_dist.trajectory.record import TrajectoryManifest
+from lmc_dist.trajectory.reader import FLOATS
+from lmc_dist.trajectory.record import Segment, TrajectoryManifest
 from lmc_dist.trajectory.store import TrajectoryLog
 
 
@@ -30,10 +34,12 @@ class ReplayResult:
     """Where replay ended.
 
     Attributes:
-        theta: θ after the last step.
+        theta: θ after the last step, laid out like the log.
         steps: Gradients computed.
         verified: Steps whose checksum equalled the logged one (those before the first change).
-        exact: Whether this world size can be bit-exact; otherwise expect a relative difference up to 1e-5.
+        exact: Whether this engine and world size can be bit-exact, which takes that they ran all steps that were
+            repeated; otherwise expect a relative difference up to 1e-5 (in float32), and only steps before the first
+            other one are verified.
     """
 
     theta: ShardedVector
@@ -52,14 +58,14 @@ def replay(
     """Repeats the run from the last snapshot before the first changed step, without the forgotten data. Collective.
 
     Args:
-        engine: A DeepSpeed ZeRO-3 engine of the logged model, with the same optimizer; its state is overwritten.
+        engine: An engine of the logged model with the same optimizer (`replay_engine`); its state is overwritten.
         log: The logged run.
         batches: Samples by id.
         counterfactual: What to leave out; None repeats the whole run as it was.
         progress: Called with each step done.
 
     Raises:
-        LmcError: Snapshot missing, or, at the logged world size, a step that does not reproduce its checksum.
+        LmcError: Snapshot missing, or, on the logged engine and world size, a step that does not reproduce its checksum.
     """
     shards = engine_shards(engine)
     first = 0
@@ -70,25 +76,47 @@ def replay(
     if start == first and start > log.first_step:
         start = log.nearest_snapshot(start - 1)  # some unchanged steps, whose checksums certify the rest
     vectors, scalars = log.snapshot(start)
-    shards.write(vectors.pop("theta"))
-    shards.write_state(vectors, scalars)
-    exact = shards.layout.world_size == log.manifest.world_size
+    shards.write(relayout(vectors.pop("theta"), shards.layout))
+    shards.write_state({key: relayout(vector, shards.layout) for key, vector in vectors.items()}, scalars)
+    exact = True  # until a step was run in another way than this engine runs it
+    if start > 0:
+        warm_up(shards, log, batches, start)
     steps = verified = 0
     for step in range(start, log.num_steps):
         record = log.record(step)
+        exact = exact and can_be_exact(shards, log.manifest.segment(step))
         edited = edit_step(record, counterfactual, log.manifest.loss_normalization, batches.num_targets)
         if record.applied and not edited.skipped:
-            run_step(engine, edited, batches, log.manifest.loss_normalization)
+            run_step(shards, edited, batches, log.manifest.loss_normalization)
             steps += 1
         if step < first or counterfactual is None:
             if exact and checksum(shards.read()) != record.checksum:
                 raise LmcError(
-                    f"replay of step {step} does not reproduce its checksum: other hardware, thread count or package "
-                    "versions than in training (see manifest.json), or other data"
+                    f"replay of step {step} does not reproduce its checksum: other hardware, thread count, package versions "
+                    "or engine settings than in training (see manifest.json), or other data or frozen parameters"
                 )
             verified += exact
         progress(step)
-    return ReplayResult(shards.read(), steps, verified, exact)
+    return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
+
+
+def can_be_exact(shards: EngineShards, segment: Segment) -> bool:
+    """Whether the engine rounds as the one did that ran a segment. Local.
+
+    Not in float16: gradients then depend on the loss scale, which is not the logged run's.
+    """
+    same = (shards.name, shards.layout.world_size) == (segment.engine, segment.world_size)
+    return same and torch.float16 not in (shards.dtype, shards.autocast)
+
+
+def warm_up(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int) -> None:
+    """Readies a fresh engine to go on in the middle of a run; weights, state and random numbers stay. Collective."""
+    ids = next(
+        (m.sample_ids for s in range(start, log.num_steps) for m in log.record(s).micro_batches if m.sample_ids), ()
+    )
+    if ids:
+        inputs, labels = batches.inputs(ids[:1])
+        shards.warm_up({**inputs, "labels": mask_samples(labels, [False])})
 
 
 def logged_optimizer(model: torch.nn.Module, manifest: TrajectoryManifest) -> torch.optim.Optimizer:
@@ -99,57 +127,103 @@ def logged_optimizer(model: torch.nn.Module, manifest: TrajectoryManifest) -> to
     """
     name = manifest.optimizer["class"]
     kind = getattr(torch.optim, name, None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise LmcError(
             f"the log was trained with {name}, which is not torch's: build the engine and pass it to replay()"
         )
-    accepted = set(inspect.signature(kind).parameters)
+    make: Any = kind
+    accepted = set(inspect.signature(make).parameters)
     named = dict(model.named_parameters())
     groups = []
     for i, settings in enumerate(manifest.optimizer["groups"]):
         members = [named[row["name"]] for row in manifest.parameters if row["group"] == i]
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in accepted}
         groups.append({"params": members, **values})
-    return kind(groups)
+    return make(groups)
 
 
 def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str, Any] | None = None) -> Any:
-    """A DeepSpeed ZeRO-3 engine that repeats the logged run. Collective.
+    """An engine of the kind that trained, which repeats the logged run; `destroy()` ends it. Collective.
 
     Args:
-        model: The logged architecture; its weights are overwritten by replay.
+        model: The logged architecture; its trainable weights are overwritten by replay, frozen ones must be those of
+            the run.
         log: The logged run.
-        settings: DeepSpeed settings of the run, where they went beyond plain ZeRO-3.
-    """
-    import deepspeed
+        settings: Settings of the engine in place of the logged ones (`EngineShards.settings`, DeepSpeed's configuration).
 
-    base = {"zero_optimization": {"stage": 3}, "steps_per_print": 1 << 30} | (settings or {})
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=logged_optimizer(model, log.manifest),
-        config=base
-        | {
-            "train_micro_batch_size_per_gpu": 1,  # neither number is used: passes are scaled and bounded one by one
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": log.manifest.max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        },
-    )
+    Returns:
+        A DeepSpeed engine, or the `EngineShards` of another one.
+
+    Raises:
+        LmcError: The logged engine cannot be made here: build one and pass it to `replay`.
+    """
+    manifest = log.manifest
+    segment = manifest.segment(log.num_steps - 1)  # a replay goes to the end
+    logged = logged_settings(segment) if settings is None else settings
+    if segment.engine.startswith("deepspeed"):
+        logged = deepspeed_settings(logged, segment.engine, manifest.max_grad_norm)
+    engine = build_engine(segment.engine, model, lambda module: logged_optimizer(module, manifest), logged)
+    shards = engine_shards(engine)
+    shards.declare_clipping(manifest.max_grad_norm)
+    autocast = segment.run.get("autocast")
+    if autocast is not None and autocast not in FLOATS:
+        raise LmcError(f"the log computed under autocast {str(autocast)[:40]}, which is no type of torch")
+    shards.autocast = None if autocast is None else FLOATS[autocast]
     return engine
 
 
-def run_step(engine: Any, edited: EditedStep, batches: BatchSource, normalization: str) -> None:
+def logged_settings(segment: Segment) -> dict[str, Any]:
+    """The settings of a segment's engine that a log may decide: those of numbers, none that name files. Local.
+
+    Raises:
+        LmcError: A value is none that an engine leaves.
+    """
+    is_deepspeed = segment.engine.startswith("deepspeed")
+    logged = segment.run.get("deepspeed" if is_deepspeed else "engine", {})
+    if not isinstance(logged, dict):
+        raise LmcError("the log's engine settings are no object")
+    if is_deepspeed:
+        logged = {key: logged[key] for key in NUMERIC if key in logged}
+        if "nvme" in json.dumps(logged):
+            raise LmcError("the log was trained with parts on NVMe: pass settings with a path of this machine")
+        return logged
+    for key in ("param_dtype", "reduce_dtype"):
+        if logged.get(key) is not None and logged[key] not in FLOATS:
+            raise LmcError(f"the log's engine setting {key} is {str(logged[key])[:40]}, which is no type of torch")
+    return logged
+
+
+def deepspeed_settings(logged: dict[str, Any], engine: str, max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's configuration for a replay: the logged one, passes bounded and scaled one by one."""
+    stage = int(engine[-1])
+    base: dict[str, Any] = {"zero_optimization": {"stage": stage}, "steps_per_print": 1 << 30} | logged
+    if (given := base["zero_optimization"].get("stage", 0)) != stage:
+        raise LmcError(f"the log was trained under {engine}, the settings are of stage {given}")
+    for key in ("train_batch_size", "optimizer", "scheduler"):
+        base.pop(key, None)
+    return base | {
+        "train_micro_batch_size_per_gpu": 1,  # neither number is used
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def run_step(shards: EngineShards, edited: EditedStep, batches: BatchSource, normalization: str) -> None:
     """One optimizer step of the engine on the edited step's passes. Collective.
 
     The logged passes are dealt out to the present ranks in order; ranks left without one run a pass without targets.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for group, lr in zip(engine.optimizer.param_groups, edited.record.lr, strict=True):
+    rank, world_size = shards.layout.rank, shards.layout.world_size
+    for group, lr in zip(shards.param_groups, edited.record.lr, strict=True):
         group["lr"] = lr
     passes = edited.micro_batches
     rounds = -(-len(passes) // world_size)
-    engine.train()
+    is_dealt_as_logged = len(passes) == rounds * world_size and all(
+        (p.record.micro_step, p.record.rank) == divmod(i, world_size) for i, p in enumerate(passes)
+    )
+    shards.module.train()
     for i in range(rounds):
         position = i * world_size + rank
         micro = passes[position] if position < len(passes) else None
@@ -167,6 +241,8 @@ def run_step(engine: Any, edited: EditedStep, batches: BatchSource, normalizatio
             scale = world_size * num_items / micro.denominator
         if micro is not None and micro.record.random_state is not None:
             state = torch.frombuffer(bytearray(micro.record.random_state), dtype=torch.uint8)
-            set_rng_state(state, engine.device)
-        backward_micro_batch(engine, {**inputs, "labels": labels}, num_items, scale, i == rounds - 1)
-    engine.step()
+            set_rng_state(state, shards.device)
+        is_last = i == rounds - 1
+        is_local = micro is not None and micro.record.is_local if is_dealt_as_logged else not is_last
+        shards.run_pass({**inputs, "labels": labels}, num_items, scale, is_last, is_local)
+    shards.step()

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import AsyncStager
 
+from lmc_dist.errors import LmcError
 from lmc_dist.runtime import AgreedError, agreement
 from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.files import fsync_path, read_json, write_json
+from lmc_dist.trajectory.files import fsync_path
+from lmc_dist.trajectory.sealed import read_sealed, require_plain, write_sealed
+from lmc_dist.trajectory.snapshot_files import SnapshotReader
 
 META_FILE = "meta.json"
 
@@ -40,12 +41,16 @@ def part_folder(folder: Path) -> Path:
 def snapshot_steps(log_dir: Path) -> list[int]:
     """Steps N of the whole snapshots θ_N, ascending."""
     folders = (log_dir / "snapshots").glob("step-*")
-    numbers = (re.fullmatch(r"step-(\d+)", folder.name) for folder in folders if (folder / META_FILE).is_file())
+    numbers = (re.fullmatch(r"step-(0|[1-9][0-9]{0,17})", folder.name) for folder in folders if _is_whole(folder))
     return sorted(int(m.group(1)) for m in numbers if m)
 
 
-class _Staged(AsyncStager):
-    """Tells DCP that the tensors are copies already: what `read` of an engine returned is nobody else's."""
+def _is_whole(folder: Path) -> bool:
+    return not folder.is_symlink() and (folder / META_FILE).is_file()
+
+
+class _Staged:
+    """DCP's `AsyncStager`, whose import takes a second: the tensors are copies already, which are nobody else's."""
 
     def stage(self, state_dict: Any) -> Any:
         return state_dict
@@ -81,10 +86,28 @@ def start_snapshot(folder: Path, vectors: Mapping[str, ShardedVector], group: di
         snapshot_state(vectors),
         storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
         process_group=group,
-        async_stager=_Staged(),
+        async_stager=_Staged(),  # type: ignore[arg-type]
     )
     assert isinstance(response, Future)
-    return response
+    return _in_one_line(response)
+
+
+def _in_one_line(response: Future[Any]) -> Future[Any]:
+    """The same future, whose error, if any, says in one line what went wrong: DCP's holds all ranks' tracebacks."""
+    found: Future[Any] = Future()
+
+    def finish(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            found.set_result(None)
+            return
+        causes = getattr(error, "failures", {}).values()  # rank → (exception, traceback)
+        cause = next((cause[0] for cause in causes), error)
+        lines = str(cause).strip().splitlines() or [""]
+        found.set_exception(LmcError(f"{type(cause).__name__}: {lines[-1]}"))
+
+    response.add_done_callback(finish)
+    return found
 
 
 def finish_snapshot(folder: Path, meta: Mapping[str, Any]) -> None:
@@ -92,7 +115,8 @@ def finish_snapshot(folder: Path, meta: Mapping[str, Any]) -> None:
     part = part_folder(folder)
     for path in part.iterdir():
         fsync_path(path)
-    write_json(part / META_FILE, meta)
+    write_sealed(part / META_FILE, meta)
+    fsync_path(part)
     part.replace(folder)
     fsync_path(folder.parent)
 
@@ -107,6 +131,34 @@ def vector_checksums(vectors: Mapping[str, ShardedVector]) -> dict[str, str]:
     return {kind: format_checksum(total) for kind, total in zip(kinds, totals, strict=True)}
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `meta.json` of a snapshot says: `step`, `checksum`, `kinds`, `scalars`. Local.
+
+    Raises:
+        LmcError: It is missing or damaged, or the snapshot lies in the folder of another step.
+    """
+    for place in (folder.parent, folder):
+        require_plain(place)
+    meta = read_sealed(folder / META_FILE)
+    if problem := _meta_problem(meta):
+        raise LmcError(f"{folder / META_FILE} is damaged: {problem}")
+    if folder.name != Path(snapshot_folder(meta["step"])).name:
+        raise LmcError(f"snapshot {folder} is that of step {meta['step']}, it lies in the wrong place")
+    return meta
+
+
+def _meta_problem(meta: Mapping[str, Any]) -> str | None:
+    """What of `meta.json` is not as a writer leaves it."""
+    kinds, scalars = meta.get("kinds"), meta.get("scalars")
+    if not isinstance(kinds, dict) or not all(isinstance(value, str) for value in kinds.values()):
+        return "kinds are no checksums by name"
+    if meta.get("checksum") is None or kinds.get("theta") != meta["checksum"]:
+        return "there is no θ with the snapshot's checksum"
+    if not isinstance(scalars, dict) or not all(type(value) in (int, float) for value in scalars.values()):
+        return "scalars are no numbers by name"
+    return None if type(meta.get("step")) is int else "step is no number"
+
+
 def read_snapshot(
     folder: Path, layout: ShardLayout, dtype: torch.dtype
 ) -> tuple[dict[str, ShardedVector], dict[str, Any]]:
@@ -116,11 +168,13 @@ def read_snapshot(
         LmcError: The snapshot is damaged; the message names the kind.
     """
     with agreement(layout.group):
-        meta = read_json(folder / META_FILE)
-    try:
-        vectors = _load(folder, layout, sorted(meta["kinds"]), dtype)
-    except (Exception, CheckpointException) as error:  # DCP agrees on errors itself, so all ranks arrive here
-        raise AgreedError(f"snapshot {folder} is damaged: {str(error).strip().splitlines()[-1]}") from error
+        meta = read_meta(folder)
+        try:
+            vectors = _load(folder, layout, sorted(meta["kinds"]), dtype)
+        except LmcError:
+            raise
+        except Exception as error:  # of safetensors, or of numbers that are none
+            raise LmcError(f"snapshot {folder} is damaged: {error}") from error
     for kind, found in vector_checksums(vectors).items():
         if found != meta["kinds"][kind]:
             raise AgreedError(f"snapshot {folder}: '{kind}' does not have the logged checksum: the log is damaged")
@@ -128,18 +182,15 @@ def read_snapshot(
 
 
 def _load(folder: Path, layout: ShardLayout, kinds: list[str], dtype: torch.dtype) -> dict[str, ShardedVector]:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-
-    flat = ShardLayout(layout.params, layout.rank, layout.world_size, "zero3", layout.group)
-    vectors = {kind: ShardedVector.zeros(flat, dtype) for kind in kinds}
-    state = snapshot_state(vectors)
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=layout.group)
-    for kind, vector in vectors.items():
-        for name, target in vector.items():
-            tensor = state[f"{kind}/{name}"]
-            target.copy_(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
-    return {kind: relayout(vector, layout) for kind, vector in vectors.items()}
+    """The vectors without torch.distributed, which would also read what else lies in the folder. Local."""
+    for path in folder.iterdir():
+        require_plain(path)
+    reader = SnapshotReader(folder)
+    for kind in kinds:  # before any memory is taken for them
+        for slot in layout:
+            if slot.spec.numel and (stored := reader.dtype(kind, slot.spec.name)) != dtype:
+                raise LmcError(f"snapshot {folder}: '{kind}' of {slot.spec.name} is {stored}, the log says {dtype}")
+    return {kind: reader.read(kind, layout, dtype) for kind in kinds}
 
 
 def snapshot_state(vectors: Mapping[str, ShardedVector]) -> dict[str, torch.Tensor]:

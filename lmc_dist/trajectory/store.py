@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-import zlib
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from lmc_dist.runtime import AgreedError, agreement
 from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.files import MANIFEST_FILE, ShardReader, rank_files, read_json, step_folder
-from lmc_dist.trajectory.record import SCHEMA_VERSION, TIERS, StepRecord, TrajectoryManifest
-from lmc_dist.trajectory.snapshots import META_FILE, read_snapshot, snapshot_folder, snapshot_steps
-from lmc_dist.trajectory.table import TABLE_FILE, Digests, decode_row, decode_tokens, read_rows
+from lmc_dist.trajectory.files import step_folder
+from lmc_dist.trajectory.manifest import read_manifest
+from lmc_dist.trajectory.prefetch import Prefetch
+from lmc_dist.trajectory.reader import FLOATS, Fix, ShardReader, apply_fixes, rank_files
+from lmc_dist.trajectory.record import TIERS, StepRecord
+from lmc_dist.trajectory.sealed import require_plain
+from lmc_dist.trajectory.snapshots import read_meta, read_snapshot, snapshot_folder, snapshot_steps
+from lmc_dist.trajectory.table import TABLE_FILE, Digests, decode_digests, decode_row, decode_sample, read_rows
 
 # What says how a run was kept, not which run it is: pruning changes it, the log's fingerprint does not depend on it.
 _STORAGE_FIELDS = (
@@ -33,6 +37,7 @@ _STORAGE_FIELDS = (
     "update_dtype",
     "gradient_dtype",
     "compression",
+    "save_batch_data",
 )
 
 
@@ -42,18 +47,28 @@ class TrajectoryLog:
     All ranks open it together (no collective); `theta`, `advance`, `snapshot` are collective, the rest is local.
     A log that is being written, or whose writer was killed, opens with the steps that are whole.
 
+    Args:
+        log_dir: The log.
+        group: The ranks that read it.
+        stop: Open it as if it ended before this step, whatever comes after.
+
     Raises:
         LmcError: Missing or damaged manifest or step table, gaps, unknown schema.
     """
 
-    def __init__(self, log_dir: str | Path, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, log_dir: str | Path, group: dist.ProcessGroup | None = None, stop: int | None = None) -> None:
         self.path = Path(log_dir)
-        if not (self.path / "manifest.json").is_file():
-            raise LmcError(f"no trajectory log in '{self.path}': manifest.json is missing")
         self.manifest = read_manifest(self.path)
+        for name in ("steps", "snapshots"):
+            if (self.path / name).is_symlink():
+                require_plain(self.path / name)
         self.layout = ShardLayout.of_table(self.manifest.parameters, group)
-        self.dtype: torch.dtype = getattr(torch, self.manifest.dtype)
+        self.dtype = FLOATS[self.manifest.dtype]
+        finished = snapshot_steps(self.path)  # before the table is read: more may be finished meanwhile
         rows = readable_rows(self.path)
+        if stop is not None:
+            rows = {step: row for step, row in rows.items() if step < stop}
+            finished = [step for step in finished if step <= stop]
         if not rows:
             raise LmcError(f"{self.path / TABLE_FILE} holds no step: nothing was trained")
         if missing := set(range(len(rows))) - set(rows):
@@ -61,9 +76,14 @@ class TrajectoryLog:
                 f"{self.path / TABLE_FILE} lacks step {min(missing)}: the log has a gap and cannot be used past it"
             )
         self._records = [rows[step][0] for step in range(len(rows))]
+        self._ahead: Prefetch[tuple[ShardedVector, list[Fix]]] | None = None
         self._digests = {step: digests for step, (_, digests) in rows.items()}
-        # One may have been finished since the table was read.
-        self.snapshots = [step for step in snapshot_steps(self.path) if step <= len(rows)]
+        if finished and finished[-1] > len(rows):
+            raise LmcError(
+                f"{self.path / TABLE_FILE} ends at step {len(rows) - 1} and there is a snapshot of step {finished[-1]}, which "
+                "is written after all rows before it: rows were lost"
+            )
+        self.snapshots = finished
 
     @property
     def num_steps(self) -> int:
@@ -78,6 +98,9 @@ class TrajectoryLog:
     def fingerprint(self) -> str:
         """Digest of the manifest and all step checksums: which run this is, however it is stored."""
         run = {key: value for key, value in self.manifest.to_json().items() if key not in _STORAGE_FIELDS}
+        run["segments"] = [
+            {key: value for key, value in segment.items() if key not in _STORAGE_FIELDS} for segment in run["segments"]
+        ]
         digest = hashlib.blake2b(json.dumps(run, sort_keys=True).encode(), digest_size=16)
         for record in self._records:
             digest.update(str(record.checksum).encode())
@@ -124,6 +147,15 @@ class TrajectoryLog:
         found = {step: missing_files(self.path, step, self._digests[step]) for step in range(self.num_steps)}
         return {step: problem for step, problem in found.items() if problem}
 
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a step's files as far as their headers and lengths tell; None where nothing is. Local."""
+        try:
+            for kind in self.kinds(step):
+                self._reader(step, kind).check()
+        except LmcError as error:
+            return str(error)
+        return None
+
     def nearest_snapshot(self, step: int) -> int:
         """Latest snapshot N ≤ step."""
         usable = [n for n in self.snapshots if n <= step]
@@ -135,10 +167,7 @@ class TrajectoryLog:
         """Latest snapshot N ≤ step that following the log meets exactly; any, unless updates are stored rounded."""
         for n in sorted((n for n in self.snapshots if n <= step), reverse=True):
             log_checksum = self.record(n - 1).log_checksum if n > 0 else None
-            if (
-                log_checksum is None
-                or log_checksum == read_json(self.path / snapshot_folder(n) / META_FILE)["checksum"]
-            ):
+            if log_checksum is None or log_checksum == read_meta(self.path / snapshot_folder(n))["checksum"]:
                 return n
         raise LmcError(f"no snapshot at or before step {step} in {self.path} that can be followed from")
 
@@ -149,8 +178,28 @@ class TrajectoryLog:
     def _reader(self, step: int, kind: str) -> ShardReader:
         if kind not in self.kinds(step):
             raise LmcError(f"the {kind} of step {step} is not in log {self.path} (storage or ring)")
-        rule, what = self.manifest.partition, f"log {self.path}, step {step}"
-        return ShardReader(self.path / step_folder(step), self.layout, rule, what, kind)  # type: ignore[arg-type]
+        self._check_memory()
+        what, folder = f"log {self.path}, step {step}", self.path / step_folder(step)
+        for place in (folder.parent, folder):
+            require_plain(place)
+        rule, stored = self.manifest.segment(step).partition, self._stored_dtypes(kind)
+        return ShardReader(folder, self.layout, rule, what, kind, stored, self.kinds(step)[kind])  # type: ignore[arg-type]
+
+    def _stored_dtypes(self, kind: str) -> set[torch.dtype]:
+        """Types of the elements that the log may keep of a vector; rounded updates are exact before a snapshot."""
+        if kind == "gradient":
+            return {FLOATS[self.manifest.gradient_dtype]}
+        return {self.dtype, FLOATS[self.manifest.update_dtype]} if kind == "update" else {self.dtype}
+
+    def _check_memory(self) -> None:
+        """Checks that a vector fits this machine at all: the manifest alone says how large it is. Local."""
+        needed = self.layout.flat_numel * self.dtype.itemsize
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > present:
+            raise LmcError(
+                f"log {self.path}: a vector takes {needed / 2**30:.1f} GiB on each of {self.layout.world_size} ranks, "
+                f"this machine has {present / 2**30:.1f} GiB: use more ranks"
+            )
 
     def update(self, step: int) -> ShardedVector:
         """u_s = θ_{s+1} − θ_s; zero for a step that was not applied. Collective in tier `full`, else local.
@@ -180,7 +229,16 @@ class TrajectoryLog:
 
     def snapshot(self, step: int) -> tuple[dict[str, ShardedVector], dict[str, Any]]:
         """Vectors (`theta`, optimizer state) and scalars of snapshot N, verified. Collective."""
+        with agreement(self.layout.group):
+            self._check_memory()
+            if step not in self.snapshots:
+                raise LmcError(f"log {self.path} has no snapshot of step {step}; it has {self._snapshot_names()}")
         vectors, meta = read_snapshot(self.path / snapshot_folder(step), self.layout, self.dtype)
+        if step > 0 and meta["checksum"] != self.record(step - 1).checksum:
+            raise AgreedError(
+                f"log {self.path}: snapshot {step} does not have the checksum that the row of step {step - 1} has: it is "
+                "another run's, or the log is damaged"
+            )
         return vectors, meta["scalars"]
 
     def theta(self, step: int) -> ShardedVector:
@@ -198,6 +256,11 @@ class TrajectoryLog:
         if not 0 <= step <= self.num_steps:
             raise LmcError(f"θ_{step} is not in the log, which holds θ_0 to θ_{self.num_steps}")
         start = self.nearest_anchor(step)
+        if any(self.record(s).applied and not self.kinds(s) for s in range(start, step)):
+            raise LmcError(
+                f"θ_{step} is not in log {self.path} (storage '{self.manifest.storage}'), which keeps no updates that lead "
+                f"there: it holds θ at {self._snapshot_names()}; replay() on an engine gives the others"
+            )
         stored = [s for s in range(start, step) if "theta" in self.kinds(s)]
         if stored:
             start = stored[-1] + 1
@@ -206,27 +269,54 @@ class TrajectoryLog:
             self._verify(theta, self.record(stored[-1]).checksum, f"log {self.path}: θ after step {stored[-1]}")
         else:
             theta = self.snapshot(start)[0]["theta"]
-        for s in range(start, step):
-            self.advance(theta, s)
+        with self.read_ahead(start, step):
+            for s in range(start, step):
+                self.advance(theta, s)
         return theta
+
+    def _snapshot_names(self) -> str:
+        names = [str(step) for step in self.snapshots]
+        if len(names) > 12:
+            names[6:-2] = ["…"]
+        return f"{'step' if len(names) == 1 else 'steps'} {', '.join(names)}"
 
     def advance(self, theta: ShardedVector, step: int) -> ShardedVector:
         """θ_s → θ_{s+1} in place, verified by checksum; returns u_s. Collective."""
         record = self.record(step)
         update = ShardedVector.zeros(self.layout, self.dtype)
         with agreement(self.layout.group):
-            if record.applied and self._followed_kind == "theta":
-                after = self._reader(step, "theta").read(self.dtype)
-                update = after - theta
-                theta.flat.copy_(after.flat)
-            elif record.applied:
-                reader = self._reader(step, "update")
-                update = reader.read(self.dtype)
-                theta.add_(update)
-                reader.apply_fixes(theta)
+            if record.applied:
+                is_ahead = self._ahead is not None and step in self._ahead
+                stored, fixes = self._ahead.take(step) if is_ahead else self._stored(step)  # type: ignore[union-attr]
+                if self._followed_kind == "theta":
+                    update = stored - theta
+                    theta.flat.copy_(stored.flat)
+                else:
+                    update = stored
+                    theta.add_(update)
+                    apply_fixes(theta, fixes)
         expected = record.log_checksum or record.checksum
         self._verify(theta, expected, f"log {self.path}: θ after step {step}")
         return update
+
+    def _stored(self, step: int) -> tuple[ShardedVector, list[Fix]]:
+        """What `advance` needs of an applied step's files: u_s and its fixes, or θ_{s+1}. Local."""
+        reader = self._reader(step, self._followed_kind)
+        return reader.read(self.dtype), reader.fixes() if self._followed_kind == "update" else []
+
+    @contextmanager
+    def read_ahead(self, start: int, stop: int) -> Iterator[None]:
+        """Within it, `advance` from `start` to `stop` finds the next steps read already, by a thread. Local.
+
+        Two vectors at most wait in memory, beside the one that `advance` has returned.
+        """
+        outer = self._ahead
+        self._ahead = Prefetch(self._stored, [step for step in range(start, stop) if self.record(step).applied])
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = outer
 
     def samples(self) -> SampleDataset:
         """The samples that training saw, by id: what `save_batch_data` kept. Local.
@@ -240,10 +330,7 @@ class TrajectoryLog:
                 "log.save_batch_data=true"
             )
         rows = read_rows(self.path / TABLE_FILE, "samples", "id")
-        items = []
-        for row in rows:
-            input_ids, labels = decode_tokens(row["tokens"])
-            items.append({"index": row["id"], "input_ids": input_ids, "labels": labels})
+        items = [decode_sample(row) for row in rows]
         return SampleDataset(items, next((row["pad"] for row in rows if row["pad"] is not None), 0))
 
     def _verify(self, theta: ShardedVector, expected: str | None, what: str) -> None:
@@ -254,25 +341,6 @@ class TrajectoryLog:
             raise AgreedError(f"{what} does not have the logged checksum: the log is damaged")
 
 
-def read_manifest(log_dir: Path) -> TrajectoryManifest:
-    """The manifest of a log. Local.
-
-    Raises:
-        LmcError: It is missing, damaged or of another version.
-    """
-    values = read_json(log_dir / MANIFEST_FILE)
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if schema != SCHEMA_VERSION:
-        raise LmcError(
-            f"{log_dir}/{MANIFEST_FILE} has schema {schema}, this version reads {SCHEMA_VERSION}: read the log with the "
-            "lmc_dist that wrote it (manifest.json, versions), or train again"
-        )
-    try:
-        return TrajectoryManifest(**values)
-    except TypeError as error:
-        raise LmcError(f"{log_dir}/{MANIFEST_FILE} is damaged: {error}") from None
-
-
 def readable_rows(log_dir: Path) -> dict[int, tuple[StepRecord, Digests | None]]:
     """Step → (record, digests of its files by kind and rank). Local.
 
@@ -280,13 +348,10 @@ def readable_rows(log_dir: Path) -> dict[int, tuple[StepRecord, Digests | None]]
         LmcError: The table is missing or damaged.
     """
     path = log_dir / TABLE_FILE
-    if not path.is_file():
-        raise LmcError(f"{path} is missing: the log is incomplete")
     try:
-        rows = read_rows(path)
-        return {row["step"]: (decode_row(row), row["tensors"] and json.loads(row["tensors"])) for row in rows}
-    except (sqlite3.DatabaseError, LmcError, KeyError, IndexError, ValueError, TypeError, zlib.error) as error:
-        raise LmcError(f"{path} is damaged: {error}") from None
+        return {row["step"]: (decode_row(row), decode_digests(row)) for row in read_rows(path)}
+    except (LmcError, KeyError, TypeError) as error:
+        raise LmcError(f"{path} is damaged: {error}" if str(path) not in str(error) else str(error)) from None
 
 
 def missing_files(log_dir: Path, step: int, digests: Digests | None) -> str | None:

@@ -1,17 +1,19 @@
 """Appending to a log: every rank its own tensors, rank 0 the table, all of it behind training's back.
 
-Main thread and writer thread share the work. Training hands over vectors that nobody changes any more; a thread of each
-rank encodes them, writes them and syncs them. What a rank has on disk travels with the passes that the logger gathers
-at every step anyway. Once all ranks have reported a step, rank 0's thread inserts its row: a row means a whole step.
+Training hands over vectors that nobody changes any more; a thread of each rank compares them, encodes, writes and syncs
+what the tier keeps. What a rank has on disk travels with the passes that the logger gathers at every step anyway, and
+with it the rank's share of norm and checksum. Once all ranks have reported a step, rank 0's thread inserts its row: a
+row means a whole step. Where the disk falls behind, steps that wait are synced together, and rows inserted together.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ import torch.distributed as dist
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agree, agreement
-from lmc_dist.shards.checksum import format_checksum, local_checksum
+from lmc_dist.shards.checksum import format_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.background import BackgroundWriter
-from lmc_dist.trajectory.files import MANIFEST_FILE, exact_update, step_folder, write_json, write_shard_file
-from lmc_dist.trajectory.lock import LOCK_FILE, LogLock
+from lmc_dist.trajectory.difference import RoundedUpdates, difference, stored_update
+from lmc_dist.trajectory.files import StagedFile, publish_files, stage_shard_file, step_folder
+from lmc_dist.trajectory.lock import LogLock, is_lock_file
+from lmc_dist.trajectory.manifest import write_manifest
 from lmc_dist.trajectory.record import TIERS, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.resume import Resumed
 from lmc_dist.trajectory.snapshots import (
@@ -35,7 +39,18 @@ from lmc_dist.trajectory.snapshots import (
     start_snapshot,
     vector_checksums,
 )
-from lmc_dist.trajectory.table import StepTable
+from lmc_dist.trajectory.table import Digests, StepTable
+
+# Steps that are synced together at most where the disk falls behind: what a crash loses, and what a report may lack.
+_SYNCED_TOGETHER = 8
+
+
+@dataclass
+class _Step:
+    """A step that this rank has written and not yet synced."""
+
+    report: dict[str, Any]
+    files: list[StagedFile]
 
 
 class LogWriter:
@@ -45,7 +60,8 @@ class LogWriter:
         log_dir: A directory that is new or empty; or, with `resumed`, a log cut off where the run continues.
         manifest: What holds for the run.
         layout: Layout of the vectors that will be passed.
-        buffer_bytes: Memory of each rank for steps that wait to be written.
+        buffer_bytes: Memory of each rank for steps that wait to be written. Beside it the log keeps θ_s, and, while it
+            writes a step, u_s; where updates are rounded, also θ_s as the log gives it.
         theta: θ of the first step as the log reproduces it.
         resumed: The run that is continued, with rank 0's hold on the directory.
 
@@ -64,21 +80,29 @@ class LogWriter:
     ) -> None:
         self.path, self.manifest, self.layout = Path(log_dir), manifest, layout
         self.kinds = TIERS[manifest.storage]
-        self.is_lossy = is_lossy(manifest)
-        self.followed = theta
+        self._rounded: RoundedUpdates | None = None
+        if is_lossy(manifest):
+            self._rounded = RoundedUpdates(theta, getattr(torch, manifest.update_dtype))
         self.lock = resumed.lock if resumed else None
         self._table: StepTable | None = None
         with agreement(layout.group):
             if layout.rank == 0:
-                self._open(is_new=resumed is None)
+                try:
+                    self._open(is_new=resumed is None)
+                except BaseException:
+                    if self.lock is not None:
+                        self.lock.release()
+                    raise
         self._requested = {resumed.step} if resumed else set()
         self._background = BackgroundWriter(buffer_bytes)
+        self._staged: list[_Step] = []  # the thread's alone
         self._written: deque[dict[str, Any]] = deque()  # this rank's finished steps, until they are reported
         self._snapshot: tuple[int, Future[Any], dict[str, Any]] | None = None
         self._group = snapshot_group(layout)
         # rank 0 alone:
         self._rows: deque[StepRecord] = deque()  # steps whose files are not all there yet
         self._reports: dict[int, dict[int, dict[str, Any]]] = {}  # step → rank → report
+        self._whole: deque[tuple[StepRecord, Digests]] = deque()  # rows for the thread to insert
         self._finished: deque[tuple[int, dict[str, Any]]] = deque()  # snapshots that wait for the rows before them
         self._log_checksum = resumed.log_checksum if resumed else None
         self._next_row = resumed.step if resumed else 0
@@ -87,13 +111,12 @@ class LogWriter:
         if is_new:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = LogLock(self.path)
-            if others := [path.name for path in self.path.iterdir() if path.name != LOCK_FILE]:
-                self.lock.release()
+            if others := [path.name for path in self.path.iterdir() if not is_lock_file(path.name)]:
                 raise LmcError(
                     f"log_dir {self.path} is not empty (it holds {others[0]}): choose another, remove the old log "
                     "first, or continue its run with --resume true"
                 )
-            write_json(self.path / MANIFEST_FILE, self.manifest.to_json())
+            write_manifest(self.path, self.manifest)
         for name in ("snapshots", "steps"):
             (self.path / name).mkdir(exist_ok=True)
         self._table = StepTable(self.path)
@@ -127,48 +150,61 @@ class LogWriter:
     def store(
         self, step: int, before: ShardedVector, after: ShardedVector, gradient: ShardedVector | None, applied: bool
     ) -> None:
-        """Queues this rank's tensors of a step, which must not be changed afterwards. Local; blocks while full."""
-        if not applied or not self.kinds:
-            self._written.append({"step": step, "files": {}, "sum": None})
-            return
-        num_vectors = 1 + self.is_lossy + (gradient is not None)  # `before` is the `after` of the step that waits
-        size = after.flat.numel() * after.flat.element_size() * num_vectors
-        self._background.submit(lambda: self._store(step, before, after, gradient), size)
+        """Queues this rank's vectors of a step, which must not be changed afterwards. Local; blocks while full."""
+        size = after.flat.numel() * after.flat.element_size() * (1 if gradient is None else 2)
+        self._background.submit(lambda: self._store(step, before, after, gradient, applied), size)
 
-    def _store(self, step: int, before: ShardedVector, after: ShardedVector, gradient: ShardedVector | None) -> None:
-        """On the writer thread: encodes and writes one step."""
-        files = {}
-        for kind in self.kinds:
-            if kind == "update":
-                tensors = self._update(step, before, after)
-            elif kind == "gradient":
-                assert gradient is not None
-                tensors = dict(gradient.to(getattr(torch, self.manifest.gradient_dtype)).items())
-            else:
-                tensors = dict(after.items())
-            files[kind] = write_shard_file(
-                self.path / step_folder(step),
-                self.layout,
-                tensors,
-                {"step": str(step), "kind": kind},
-                kind,
-                self.manifest.compression,  # type: ignore[arg-type]
-            )
-        total = local_checksum(self.followed).tolist() if self.is_lossy else None
-        self._written.append({"step": step, "files": files, "sum": total})
+    def _store(
+        self, step: int, before: ShardedVector, after: ShardedVector, gradient: ShardedVector | None, applied: bool
+    ) -> None:
+        """On the writer thread: compares, encodes and writes one step; syncs unless another one waits."""
+        kinds = self.kinds if applied else ()
+        keep = "update" in kinds and self._rounded is None
+        try:
+            found = difference(before, after, keep)
+            staged = {}
+            for kind in kinds:
+                if kind == "update":
+                    tensors = stored_update(found, after) if keep else self._round(step, after)
+                elif kind == "gradient":
+                    assert gradient is not None
+                    tensors = dict(gradient.to(getattr(torch, self.manifest.gradient_dtype)).items())
+                else:
+                    tensors = dict(after.items())
+                staged[kind] = stage_shard_file(
+                    self.path / step_folder(step),
+                    self.layout,
+                    tensors,
+                    {"step": str(step), "kind": kind},
+                    kind,
+                    self.manifest.compression,  # type: ignore[arg-type]
+                )
+        except LmcError as error:
+            raise LmcError(f"step {step}: {error}") from None
+        report = {
+            "step": step,
+            "files": {kind: file.digest for kind, file in staged.items()},
+            "square": found.square,
+            "sum": found.checksum,
+            "log_sum": self._rounded.checksum() if self._rounded is not None and applied else None,
+        }
+        self._staged.append(_Step(report, list(staged.values())))
+        if len(self._staged) >= _SYNCED_TOGETHER or not self._background.more_waits:
+            self._sync()
 
-    def _update(self, step: int, before: ShardedVector, after: ShardedVector) -> dict[str, torch.Tensor]:
-        """u_s as it is stored. Rounded updates start from where the log is, so that rounding never adds up."""
-        if not self.is_lossy:
-            return exact_update(before, after)
+    def _round(self, step: int, after: ShardedVector) -> dict[str, torch.Tensor]:
+        """u_s as it is stored where updates are rounded: exact before a snapshot, so that following the log meets it."""
+        assert self._rounded is not None
         interval = self.manifest.save_interval
-        if interval is not None and (step + 1) % interval == 0:  # so that following the log meets the snapshot
-            tensors = exact_update(self.followed, after)
-            self.followed = after
-            return tensors
-        rounded = (after - self.followed).to(getattr(torch, self.manifest.update_dtype))
-        self.followed = self.followed + rounded.to(after.flat.dtype)
-        return dict(rounded.items())
+        if interval is not None and (step + 1) % interval == 0:
+            return self._rounded.meet(after)
+        return dict(self._rounded.round(after).items())
+
+    def _sync(self) -> None:
+        """On the writer thread: makes the steps that were written last, and lets them be reported."""
+        publish_files(file for step in self._staged for file in step.files)
+        self._written.extend(step.report for step in self._staged)
+        self._staged.clear()
 
     def report(self) -> list[dict[str, Any]]:
         """What this rank has put on disk since the last call, for `commit`. Local."""
@@ -183,30 +219,53 @@ class LogWriter:
         reports: list[list[dict[str, Any]]],
         samples: list[dict[str, Any]] | None = None,
     ) -> None:
-        """Takes a step's record and all ranks' reports; queues the rows that are now whole. Rank 0."""
+        """Takes a step's record and all ranks' reports; queues the rows that are now whole. Rank 0.
+
+        The record lacks what the reports hold: norm of the update and checksums.
+        """
         if record is not None:
             self._rows.append(record)
         for rank, report in enumerate(reports):
             for entry in report:
                 self._reports.setdefault(entry["step"], {})[rank] = entry
-        ready = []
+        if samples:
+            table = self._open_table
+            self._background.submit(lambda: table.insert_samples(samples))
+        found = False
         while self._rows and len(self._reports.get(self._rows[0].step, ())) == self.layout.world_size:
             row = self._rows.popleft()
             by_rank = self._reports.pop(row.step)
-            entries = [by_rank[rank] for rank in range(self.layout.world_size)]
-            if entries[0]["sum"] is not None:
-                self._log_checksum = format_checksum(torch.tensor([entry["sum"] for entry in entries]).sum(0))
-            digests = {kind: [entry["files"][kind] for entry in entries] for kind in entries[0]["files"]}
-            ready.append((replace(row, log_checksum=self._log_checksum), digests))
-        table = self._table
-        assert table is not None
-        if samples:
-            self._background.submit(lambda: table.insert_samples(samples))
-        if ready:
-            self._background.submit(lambda: table.insert(ready))
-            self._next_row = ready[-1][0].step + 1
+            self._whole.append(self._row(row, [by_rank[rank] for rank in range(self.layout.world_size)]))
+            self._next_row, found = row.step + 1, True
+        if found:
+            self._background.submit(self._insert)
         while self._finished and self._finished[0][0] <= self._next_row:
             self._publish(*self._finished.popleft())
+
+    def _row(self, record: StepRecord, entries: list[dict[str, Any]]) -> tuple[StepRecord, Digests]:
+        """A record and all ranks' reports of its step as a row and the digests of its files."""
+        if entries[0]["log_sum"] is not None:
+            self._log_checksum = total_checksum(entry["log_sum"] for entry in entries)
+        row = replace(
+            record,
+            u_norm=math.sqrt(sum(entry["square"] for entry in entries)),
+            checksum=total_checksum(entry["sum"] for entry in entries),
+            log_checksum=self._log_checksum,
+        )
+        return row, {kind: [entry["files"][kind] for entry in entries] for kind in entries[0]["files"]}
+
+    def _insert(self) -> None:
+        """On the writer thread: all rows that are whole by now, in one transaction; a later job finds none left."""
+        rows = []
+        while self._whole:
+            rows.append(self._whole.popleft())
+        if rows:
+            self._open_table.insert(rows)
+
+    @property
+    def _open_table(self) -> StepTable:
+        assert self._table is not None
+        return self._table
 
     def _publish(self, step: int, meta: dict[str, Any]) -> None:
         folder = self.path / snapshot_folder(step)
@@ -252,8 +311,7 @@ class LogWriter:
         window_start = last_step - self.manifest.max_steps + 1
         usable = [step for step in snapshot_steps(self.path) if step <= window_start]
         if usable:
-            assert self._table is not None
-            drop_before(self.path, self._table, max(usable))
+            drop_before(self.path, self._open_table, max(usable))
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -302,6 +360,11 @@ def drop_before(log_dir: Path, table: StepTable, first_kept: int) -> None:
     table.set_tensors(dict.fromkeys(gone))
     for step in gone:
         shutil.rmtree(log_dir / step_folder(step), ignore_errors=True)
+
+
+def total_checksum(shares: Iterable[Sequence[int]]) -> str:
+    """The checksum of which these are all ranks' shares."""
+    return format_checksum(torch.tensor(list(shares)).sum(0))
 
 
 def gather_reports(report: list[dict[str, Any]], layout: ShardLayout) -> list[list[dict[str, Any]]]:

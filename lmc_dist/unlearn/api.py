@@ -14,9 +14,11 @@ from lmc_dist.curvature import HVPConfig
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, check_replaceable, promoted
-from lmc_dist.shards.engines import engine_shards
+from lmc_dist.shards.engines import engine_shards, is_engine
 from lmc_dist.shards.fingerprint import model_fingerprint
+from lmc_dist.shards.frozen import read_frozen, skeleton_of
 from lmc_dist.shards.module import ShardedModule, build_skeleton
+from lmc_dist.shards.relayout import relayout
 from lmc_dist.trajectory.batches import BatchSource, DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.logger import package_versions
@@ -42,8 +44,8 @@ def run_lmcleaner_batch_unlearning(
     """Removes whole batches (counterfactual `skip`: those steps do not happen). Collective.
 
     Args:
-        model: The live DeepSpeed ZeRO-3 engine at θ_τ, or a Hugging Face model or config of the architecture (then
-            only files are written).
+        model: The live engine at θ_τ, a DeepSpeed engine or `engine_shards(model, optimizer)` of any, or a Hugging Face
+            model or config of the architecture (then only files are written).
         training_log_dir: The trajectory log.
         forget_batch_ids: Batch ids of the log.
         K: Steps each source is propagated; None is all.
@@ -110,14 +112,15 @@ def _run(
     apply_immediately: bool,
     tokenizer: Any,
 ) -> Correction:
-    is_engine = hasattr(model, "module") and hasattr(model, "optimizer")
-    device = getattr(model, "device", torch.device("cpu")) if is_engine else torch.device("cpu")
+    shards = engine_shards(model) if is_engine(model) else None
+    device = torch.device("cpu") if shards is None else shards.device
     with agreement():
         if output_dir is not None:
             check_replaceable(Path(output_dir), "result.json", overwrite=False)
         log = TrajectoryLog(training_log_dir)
-        inner = model.module if is_engine else model
-        skeleton = build_skeleton(getattr(inner, "config", inner), device)
+        inner = model if shards is None else shards.module
+        is_module = isinstance(inner, torch.nn.Module)
+        skeleton = skeleton_of(inner) if is_module else build_skeleton(inner, device)
         if model_fingerprint(skeleton) != log.manifest.model_fingerprint:
             raise LmcError(f"the model is not the one logged in {training_log_dir}: other config or parameters")
         if isinstance(dataset, SampleDataset):
@@ -127,9 +130,11 @@ def _run(
         else:
             batches = dataset
     theta = log.theta(log.num_steps)
-    if is_engine and apply_immediately:
-        engine_shards(model).verify(theta)
-    module = ShardedModule(skeleton, log.layout, device)
+    if shards is not None and apply_immediately:
+        shards.verify(relayout(theta, shards.layout))
+    like = log.layout if shards is None else shards.layout
+    frozen = read_frozen(inner, like) if is_module else None
+    module = ShardedModule(skeleton, log.layout, device, frozen=frozen)
     started = time.perf_counter()
     correction = compute_correction(log, module, batches, request, hvp, K)
     result = {
@@ -148,7 +153,7 @@ def _run(
     }
     if output_dir is not None:
         with promoted(Path(output_dir)) as part:
-            write_results(part, log, skeleton, theta + correction.v, correction, result, tokenizer)
-    if is_engine and apply_immediately:
-        apply_correction(model, correction)
+            write_results(part, log, module, theta + correction.v, correction, result, tokenizer)
+    if shards is not None and apply_immediately:
+        apply_correction(shards, correction)
     return correction

@@ -1,9 +1,9 @@
-"""The correction: computed, stored, applied. θ̂ = θ + v."""
+"""The correction: computed, stored, applied. θ̂ = θ + v, σ̂ = σ + dσ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +14,46 @@ from lmc_dist.shards.checksum import checksum
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule
+from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.trajectory.files import ShardReader, write_shard_file
+from lmc_dist.trajectory.files import read_json, write_json, write_shard_file
 from lmc_dist.trajectory.kept import KeptCurvature
+from lmc_dist.trajectory.reader import ShardReader
 from lmc_dist.trajectory.record import StepRecord, Trajectory, TrajectoryManifest
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.kept_sweep import kept_sweep
+from lmc_dist.unlearn.optimizer_state import correct_state
+from lmc_dist.unlearn.path import logs_gradients, no_gradients, update_rule
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.sweep import sweep
 from lmc_dist.update_rules import check_supported
 
+DESCRIPTION = "correction.json"
+
 
 @dataclass(frozen=True)
 class Correction:
-    """v and what is known about it.
+    """(v, dσ) and what is known about it.
 
     Attributes:
         v: θ̂_τ − θ_τ, sharded like the trajectory, float32 or better.
         audit: One record a forget unit.
         gradients_equivalent: Cost in gradients of a whole training batch.
         theta_hat: The corrected weights where the method found them itself (replay): θ + v can round differently.
+        state: dσ = σ̂_τ − σ_τ by kind, sharded like v; empty for an optimizer without state.
+        behind: Steps that the counterfactual run skipped, by which its optimizer's counter is lower.
+        step: The counter of σ_τ.
     """
 
     v: ShardedVector
     audit: tuple[AuditRecord, ...]
     gradients_equivalent: float
     theta_hat: ShardedVector | None = None
+    state: Mapping[str, ShardedVector] = field(default_factory=dict)
+    behind: int = 0
+    step: int = 0
 
     def corrected(self, theta: ShardedVector) -> ShardedVector:
         """θ̂ = θ + v."""
@@ -49,13 +61,30 @@ class Correction:
 
     def save(self, folder: str | Path) -> None:
         """Writes this rank's shards; readable at any world size. Every rank calls."""
-        tensors = dict(self.v.items())
-        write_shard_file(Path(folder), self.v.layout, tensors, {"kind": "correction"})
+        folder, layout = Path(folder), self.v.layout
+        write_shard_file(folder, layout, dict(self.v.items()), {"kind": "correction"})
+        for key, vector in self.state.items():
+            write_shard_file(folder, layout, dict(vector.items()), {"kind": key}, kind=key)
+        if layout.rank == 0:
+            known = {"partition": layout.rule, "state": list(self.state), "behind": self.behind, "step": self.step}
+            write_json(folder / DESCRIPTION, known)
 
 
 def load_correction(folder: str | Path, layout: ShardLayout, like: ShardedVector) -> ShardedVector:
     """v as `Correction.save` wrote it, at the layout of this rank. Local."""
-    return ShardReader(Path(folder), layout, "zero3", f"correction {folder}").read(like.flat.dtype)
+    return load_full_correction(folder, layout, like).v
+
+
+def load_full_correction(folder: str | Path, layout: ShardLayout, like: ShardedVector) -> Correction:
+    """(v, dσ) as `Correction.save` wrote them, without the audit, at the layout of this rank. Local."""
+    folder = Path(folder)
+    known = read_json(folder / DESCRIPTION)
+
+    def read(kind: str) -> ShardedVector:
+        return ShardReader(folder, layout, known["partition"], f"correction {folder}", kind).read(like.flat.dtype)
+
+    state = {key: read(key) for key in known["state"]}
+    return Correction(read(""), (), 0.0, None, state, known["behind"], known["step"])
 
 
 def compute_correction(
@@ -81,11 +110,12 @@ def compute_correction(
         loss: The model's loss; None is next-token cross-entropy.
         progress: Called with each step done.
         kept: `low_rank`: curvature computed before (`lmc log curvature`), in place of the model. Batches are then
-            forgotten from the log alone: `module` and `batches` may be None.
+            forgotten from the log alone: `module` and `batches` may be None, if the optimizer is plain SGD or the log
+            keeps gradients.
 
     Raises:
-        LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, active clipping, missing
-            steps, K < 0. During it: divergence, damaged files.
+        LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, missing steps, K < 0. During
+            it: divergence, damaged files, steps that the optimizer's update rule does not reproduce.
     """
     config = config or HVPConfig()
     with agreement(trajectory.layout.group):
@@ -107,41 +137,48 @@ def compute_correction(
         check_update_rule(manifest, records, first)
         if kept is not None:
             kept.require(first, trajectory.num_steps)
+        rule = update_rule(trajectory)
+        if rule.keys and (module is None or batches is None) and not logs_gradients(manifest):
+            raise LmcError(no_gradients(trajectory))
     loss = loss or TokenCrossEntropy()
-    if kept is not None:
+    is_clipped = any(r.clip_coef < 1 for r in records if r.step >= first and r.applied)
+    if kept is not None and rule.is_plain and not is_clipped:
         result = kept_sweep(trajectory, kept, module, loss, batches, counterfactual, config, K, progress)
     else:
-        assert module is not None and batches is not None
-        result = sweep(trajectory, module, loss, batches, counterfactual, config, K, progress)
-    return Correction(result.v, result.audit, result.gradients_equivalent)
+        result = sweep(trajectory, module, loss, batches, counterfactual, config, K, progress, kept)
+    found = result.v, result.audit, result.gradients_equivalent
+    return Correction(*found, state=result.state, behind=result.behind, step=result.step)
 
 
 def check_update_rule(manifest: TrajectoryManifest, records: Iterable[StepRecord], first: int) -> None:
     """Checks that the tangent of every step ≥ first is known. Local.
 
     Raises:
-        LmcError: Another optimizer than plain SGD, or steps whose gradient was clipped.
+        LmcError: An optimizer whose update rule is not known, or steps that the manifest does not explain.
     """
     check_supported(manifest.optimizer)
-    clipped = [r.step for r in records if r.step >= first and r.applied and r.clip_coef < 1]
-    if clipped:
-        raise LmcError(
-            f"{len(clipped)} steps were clipped, the first at {clipped[0]} (max_grad_norm={manifest.max_grad_norm}): "
-            "the tangent of clipping is not available yet; use replay_head=all"
-        )
+    groups = len(manifest.optimizer["groups"])
+    for record in records:
+        if record.step < first or not record.applied:
+            continue
+        if len(record.lr) != groups:
+            raise LmcError(f"step {record.step} has {len(record.lr)} learning rates for {groups} parameter groups")
+        if record.clip_coef < 1 and not manifest.max_grad_norm:
+            raise LmcError(f"step {record.step} was clipped, but the manifest's max_grad_norm is 0: the log is damaged")
 
 
 def apply_correction(target: Any, correction: Correction | ShardedVector) -> str:
-    """θ ← θ + v in a live engine; returns the checksum of the new θ. Collective.
+    """θ ← θ + v and σ ← σ + dσ in a live engine; returns the checksum of the new θ. Collective.
 
-    Masters, working shards and persistent parameters are set, and checked by hash on every rank.
+    Masters, working shards and persistent parameters are set, and checked by hash on every rank; so is the optimizer's
+    state, where it has trained (`optimizer_state.correct_state`).
 
     Args:
-        target: A DeepSpeed ZeRO-3 engine, or a `ShardedVector` θ, changed in place.
-        correction: v, laid out like the target.
+        target: A DeepSpeed engine or the `EngineShards` of any, or a `ShardedVector` θ, changed in place.
+        correction: Over the same ranks; for a vector, laid out like it. v alone leaves the optimizer as it is.
 
     Raises:
-        LmcError: Other layout, unsupported engine, or copies that disagree afterwards.
+        LmcError: Other layout, unsupported engine, an optimizer at another step, or copies that disagree afterwards.
     """
     v = correction.v if isinstance(correction, Correction) else correction
     if isinstance(target, ShardedVector):
@@ -150,8 +187,11 @@ def apply_correction(target: Any, correction: Correction | ShardedVector) -> str
         return checksum(target.add_(v))
     shards = engine_shards(target)
     theta = shards.read()
-    if theta.layout != v.layout:
-        raise LmcError("the correction is laid out differently from the engine: other parameters or world size")
-    theta.add_(v)
+    with agreement(shards.layout.group):
+        if (theta.layout.params, theta.layout.world_size) != (v.layout.params, v.layout.world_size):
+            raise LmcError("the correction is laid out differently from the engine: other parameters or world size")
+    theta.add_(relayout(v, theta.layout))
+    if isinstance(correction, Correction) and correction.state:
+        correct_state(shards, correction.state, correction.behind, correction.step)
     shards.write(theta)
     return checksum(theta)

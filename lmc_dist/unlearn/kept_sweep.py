@@ -22,8 +22,9 @@ from lmc_dist.trajectory.kept import KeptCurvature
 from lmc_dist.trajectory.record import StepRecord, Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.source import share, source
-from lmc_dist.unlearn.sweep import GROWTH_LIMIT, SweepResult
-from lmc_dist.update_rules import SGDTangent
+from lmc_dist.unlearn.sweep import SweepResult
+from lmc_dist.unlearn.windows import GROWTH_LIMIT
+from lmc_dist.update_rules import Deviation, Point, UpdateRule
 
 
 def kept_sweep(
@@ -37,7 +38,7 @@ def kept_sweep(
     K: int | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> SweepResult:
-    """Propagates the sources of a request on kept curvature. Collective; arguments as `sweep`.
+    """Propagates the sources of a request on kept curvature, for plain SGD. Collective; arguments as `sweep`.
 
     `module` and `batches` may be None for `skip`, whose sources are logged updates.
 
@@ -63,7 +64,7 @@ class _KeptSweep:
         self.counterfactual, self.config, self.K = counterfactual, config, K
         manifest = trajectory.manifest
         self.groups = manifest.optimizer["groups"]
-        self.tangent = SGDTangent(trajectory.layout, manifest.parameters, self.groups)
+        self.rule = UpdateRule(trajectory.layout, manifest.parameters, manifest.optimizer)
         self.edited: dict[int, EditedStep] = {}
         self.records = {record.step: record for record in trajectory.records()}
         self.cost = 0.0
@@ -129,7 +130,7 @@ class _KeptSweep:
         theta = self.trajectory.theta(record.step)
         b = source(edited, theta, self.batches, self.module, self.loss)
         self.cost += share(edited, "source")
-        return self.tangent(theta, b * 0.0, b, record.lr)
+        return self._tangent(theta, b * 0.0, b, record)
 
     def _through(self, v: ShardedVector, start: int, stop: int) -> ShardedVector:
         """v after the steps [start, stop), which have no source of their own to add."""
@@ -150,8 +151,11 @@ class _KeptSweep:
             return curvature.propagate(v, [record.lr[0] for record in span], damping, decays.pop())
         for record in span:
             dg = curvature([v])[0].add_(v, alpha=damping)
-            v = self.tangent(v, v, dg, record.lr)  # SGD is linear: where it is taken does not matter
+            v = self._tangent(v, v, dg, record)  # SGD is linear: where it is taken does not matter
         return v
+
+    def _tangent(self, theta: ShardedVector, v: ShardedVector, dg: ShardedVector, record: StepRecord) -> ShardedVector:
+        return self.rule.tangents(Point(theta, record.lr), [(Deviation(v), dg)])[0].v
 
     def _check(self, v: ShardedVector, step: int, sizes: float) -> float:
         norm = v.norm()

@@ -9,6 +9,7 @@ import torch
 
 from lmc_dist.export import export_model
 from lmc_dist.runtime import agreement
+from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.files import write_json
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -19,7 +20,7 @@ from lmc_dist.unlearn.correction import Correction
 def write_results(
     folder: Path,
     log: TrajectoryLog,
-    model: torch.nn.Module,
+    module: ShardedModule,
     theta_hat: ShardedVector,
     correction: Correction,
     result: dict[str, Any],
@@ -30,14 +31,16 @@ def write_results(
     Args:
         folder: Where to; see `runtime.promoted`.
         log: The log that was unlearned from.
-        model: A module of the model's architecture, for its config.
+        module: The model on shards, for its config and its frozen weights.
         theta_hat: Corrected weights.
         correction: v and its audit records.
         result: Content of result.json; `model_checksum` is added.
         tokenizer: Saved beside the model when given.
     """
     dtypes = {row["name"]: getattr(torch, row["dtype"]) for row in log.manifest.parameters}
-    model_checksum = export_model(folder / "model", theta_hat, dtypes, model, tokenizer)
+    model_checksum = export_model(
+        folder / "model", theta_hat, dtypes, module.module, tokenizer, module.frozen
+    )
     with agreement():
         correction.save(folder / "correction")
         if log.layout.rank == 0:

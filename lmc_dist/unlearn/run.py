@@ -122,10 +122,12 @@ class UnlearningRun:
                 "reference 'retrain' repeats a run of launch/train.py, and this log is not of one: use 'replay'"
             )
         draws = any(m.random_state is not None for record in log.records() for m in record.micro_batches)
-        if draws and world_size != log.manifest.world_size:
+        sizes = [segment.world_size for segment in log.manifest.all_segments]
+        if draws and sizes != [world_size] * len(sizes):
+            ranks = ", then ".join(map(str, sizes))
             raise LmcError(
-                f"the log was trained with dropout on {log.manifest.world_size} ranks: a retrain on {world_size} ranks "
-                "would draw other random numbers; start as many ranks, or use --reference replay"
+                f"the log was trained with dropout on {ranks} ranks: a retrain on {world_size} ranks would draw other "
+                "random numbers; start as many ranks, or use --reference replay"
             )
 
     def _compared(self) -> list[str]:
@@ -168,7 +170,7 @@ class UnlearningRun:
         started = time.perf_counter()
         without_weights = replace(self.config.model, path=None)  # replay brings the logged ones
         model = build_model(without_weights, self.model_config, seed=0)
-        engine = replay_engine(model, self.log, self.log.manifest.run.get("deepspeed"))
+        engine = replay_engine(model, self.log)
         result = replay(engine, self.log, self.batches, self.request, progress)
         engine.destroy()
         v = result.theta.to(device=theta.flat.device) - theta
@@ -270,7 +272,7 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
             "rows": rows,
         }
         corrected = main.correction.corrected(theta)
-        write_results(part, run.log, run.module.module, corrected, main.correction, result, run.tokenizer)
+        write_results(part, run.log, run.module, corrected, main.correction, result, run.tokenizer)
     return result
 
 

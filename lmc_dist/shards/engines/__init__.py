@@ -5,60 +5,91 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.engines.fsdp2 import FSDP2Shards
 from lmc_dist.shards.engines.protocol import EngineShards
+from lmc_dist.shards.engines.replicated import DDPShards, SingleShards
+from lmc_dist.shards.engines.wrappers import (
+    BF16,
+    UNFUSED,
+    ZERO3,
+    ZERO12,
+    deepspeed_kind,
+    find_wrapper,
+    is_deepspeed_engine,
+    unwrapped,
+)
+from lmc_dist.shards.engines.zero0 import UnfusedShards, ZeRO0Shards
 from lmc_dist.shards.engines.zero3 import ZeRO3Shards
+from lmc_dist.shards.engines.zero12 import ZeRO12Shards
 
-__all__ = ["EngineShards", "FSDP2Shards", "ZeRO3Shards", "backward_micro_batch", "engine_shards"]
+__all__ = [
+    "DDPShards",
+    "EngineShards",
+    "FSDP2Shards",
+    "SingleShards",
+    "UnfusedShards",
+    "ZeRO0Shards",
+    "ZeRO3Shards",
+    "ZeRO12Shards",
+    "engine_shards",
+    "is_engine",
+]
 
 
-def engine_shards(model: Any, optimizer: Any = None) -> EngineShards:
+def is_engine(model: Any) -> bool:
+    """Whether this is something that trains, and no bare model. Local."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, (EngineShards, DistributedDataParallel, FSDPModule)) or is_deepspeed_engine(model)
+
+
+def engine_shards(model: Any, optimizer: Any = None, scaler: Any = None) -> EngineShards:
     """The shards of a live engine. Collective.
 
     Args:
-        model: A `DeepSpeedEngine`, the module inside one, or an FSDP2 module.
+        model: A `DeepSpeedEngine`, a `DistributedDataParallel`, an FSDP2 module, a plain module trained in one process,
+            or the module inside one of these; or what this function returned.
         optimizer: The optimizer; wrappers by accelerate are opened. A `DeepSpeedEngine` knows its own.
+        scaler: The `torch.amp.GradScaler` of the training loop; accelerate's optimizer knows its own.
 
     Raises:
         LmcError: Not an engine whose shards can be read.
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if isinstance(model, EngineShards):
+        return model
+    scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
+    engine = model if is_deepspeed_engine(model) else None
+    optimizer = unwrapped(engine.optimizer if engine is not None else optimizer)
     if isinstance(model, FSDPModule):
-        return FSDP2Shards(model, unwrapped(optimizer))  # type: ignore[arg-type]
-    engine = model if hasattr(model, "optimizer") and hasattr(model, "module") else None
-    if optimizer is None:
-        optimizer = getattr(model, "optimizer", None)
-    optimizer = unwrapped(optimizer)
-    if not hasattr(optimizer, "fp32_partitioned_groups_flat") or not hasattr(optimizer, "grad_position"):
+        return FSDP2Shards(model, optimizer, scaler)  # type: ignore[arg-type]
+    kind = deepspeed_kind(optimizer)
+    if kind is not None:
+        module = model if engine is None else engine.module
+        if kind == ZERO3:
+            return ZeRO3Shards(module, optimizer, engine)
+        if kind in (ZERO12, BF16):
+            return ZeRO12Shards(module, optimizer, engine)
+        if kind == UNFUSED:
+            return UnfusedShards(module, optimizer, engine)
         raise LmcError(
-            f"cannot read shards of {type(model).__name__} with optimizer {type(optimizer).__name__}: "
-            "only DeepSpeed ZeRO-3 engines and FSDP2 modules are supported so far"
+            f"DeepSpeed's {type(optimizer).__name__} around its fused optimizers is not supported: use an optimizer of "
+            "torch, or ZeRO stage 1 to 3"
         )
-    return ZeRO3Shards(model if engine is None else engine.module, optimizer, engine)
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """DeepSpeed's or torch's own optimizer out of the wrappers of others."""
-    while not hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is optimizer or inner is None:
-            break
-        optimizer = inner
-    return optimizer
-
-
-def backward_micro_batch(
-    engine: Any, inputs: dict[str, torch.Tensor], num_items: float, scale: float, is_boundary: bool
-) -> torch.Tensor:
-    """One forward and backward pass under DeepSpeed of scale · Σ nll / num_items; returns Σ nll / num_items. Collective.
-
-    DeepSpeed then averages over ranks, so a loss meant as a sum over W ranks needs scale = W. The order of these
-    operations is the Hugging Face Trainer's, which makes its runs repeatable bit for bit.
-    """
-    engine.set_gradient_accumulation_boundary(is_boundary)
-    loss = engine(**inputs, num_items_in_batch=torch.tensor(num_items, dtype=torch.float32, device=engine.device)).loss
-    engine.backward(loss * scale, scale_wrt_gas=False)
-    return loss.detach()
+    if not isinstance(model, torch.nn.Module):
+        raise LmcError(f"cannot read shards of {type(model).__name__}: it is no engine that is known here")
+    wrapper = model if engine is not None or isinstance(model, DistributedDataParallel) else find_wrapper(model)
+    if wrapper is None:
+        return SingleShards(model, optimizer, scaler)
+    if isinstance(wrapper, DistributedDataParallel):
+        return DDPShards(wrapper, optimizer, scaler)
+    if isinstance(unwrapped(wrapper.optimizer), torch.optim.Optimizer):
+        return ZeRO0Shards(wrapper)
+    raise LmcError(
+        f"cannot read shards of a DeepSpeed engine with optimizer {type(wrapper.optimizer).__name__}: pass one to "
+        "deepspeed.initialize"
+    )

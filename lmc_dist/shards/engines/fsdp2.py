@@ -20,7 +20,9 @@ from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
 from lmc_dist.shards.engines.passes import even_passes, measuring, on_device, prepare_pass
 from lmc_dist.shards.engines.protocol import check_precision
-from lmc_dist.shards.engines.torch_loop import TorchLoopShards, check_layout_of, trainable
+from lmc_dist.shards.engines.replicated import check_masters
+from lmc_dist.shards.engines.torch_loop import check_layout_of, trainable
+from lmc_dist.shards.engines.torch_step import TorchStepShards
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 
@@ -28,23 +30,25 @@ if TYPE_CHECKING:
     from lmc_dist.curvature.loss import Loss, MicroBatch
 
 
-class FSDP2Shards(TorchLoopShards):
+class FSDP2Shards(TorchStepShards):
     """The shards of an FSDP2 model and its torch optimizer. Every rank constructs one.
 
     Args:
         module: The root that `fully_shard` was applied to.
         optimizer: A torch optimizer over its parameters.
+        scaler: The loop's `GradScaler`.
 
     Raises:
-        LmcError: Parameters outside FSDP2, over a part of the ranks (HSDP), or sharded by another dimension than rows.
+        LmcError: Parameters in less than float32, outside FSDP2, over a part of the ranks (HSDP), or sharded by another dimension than rows.
     """
 
     name = "fsdp2"
 
-    def __init__(self, module: nn.Module, optimizer: Any) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, optimizer: Any, scaler: Any = None) -> None:
+        self.module = self.wrapper = module
+        self.optimizer, self.scaler = optimizer, scaler
         self._reshard()
-        self.parameters = trainable(module)
+        self.parameters = self.masters = trainable(module)
         with agreement(cpu_group()):
             for name, parameter in self.parameters.items():
                 check_placement(name, parameter)
@@ -102,7 +106,7 @@ class FSDP2Shards(TorchLoopShards):
         micros = even_passes(micro_batches, self.layout.group)
         if not micros:
             return theta.clone().zero_()
-        device = self._device()
+        device = self.device
         # FSDP2 divides by this on the way; what is wanted is the sum over ranks.
         divisor = next(self._param_groups()).gradient_divide_factor or self.layout.world_size
         with self._displaced(theta), measuring(self.module, device):
@@ -114,13 +118,47 @@ class FSDP2Shards(TorchLoopShards):
             found = self._vector(self._gradient_of)
         return found.to(theta.flat.dtype, theta.flat.device)
 
-    def _gradient_of(self, name: str) -> torch.Tensor:
-        parameter = self.parameters[name]
-        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
         """Where the forward pass runs; with CPU offload the shards are elsewhere."""
         return next(self._param_groups()).device
+
+    # --- logging and replay ----------------------------------------------------------------------------------------
+
+    def watch(self, before: Callable[[], None], after: Callable[[], None], keeps_gradient: bool) -> Callable[[], None]:
+        with agreement(self.layout.group):
+            check_masters(self.name, self.masters)
+            for group in self._param_groups():
+                if group.gradient_divide_factor not in (None, float(self.layout.world_size)):
+                    raise LmcError(
+                        f"FSDP2 divides gradients by {group.gradient_divide_factor} (set_gradient_divide_factor): only "
+                        "gradients averaged over the ranks can be logged"
+                    )
+        return super().watch(before, after, keeps_gradient)
+
+    def is_local_pass(self) -> bool:
+        return not next(self._param_groups()).reduce_grads
+
+    @contextmanager
+    def _accumulating(self, is_local: bool) -> Iterator[None]:
+        root: Any = self.module
+        root.set_requires_gradient_sync(not is_local)
+        yield
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        policies = {
+            (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype, group.mp_policy.cast_forward_inputs)
+            for group in self._param_groups()
+        }
+        param_dtype, reduce_dtype, cast_inputs = policies.pop()
+        return {
+            "units": [name for name, part in self.module.named_modules() if isinstance(part, FSDPModule)],
+            "param_dtype": param_dtype and str(param_dtype).removeprefix("torch."),
+            "reduce_dtype": reduce_dtype and str(reduce_dtype).removeprefix("torch."),
+            "cast_forward_inputs": cast_inputs,
+            "uniform": not policies,
+        }
 
     def _check_gradient(self) -> None:
         groups = list(self._param_groups())

@@ -1,4 +1,5 @@
-"""What every live training engine offers: its master weights and optimizer state as shards, and gradients at any point.
+"""What every live training engine offers: its master weights and optimizer state as shards, gradients at any point, and
+all that logging and replaying its steps needs.
 
 Masters are the float32 (or float64) weights that the optimizer steps; they are θ, whatever precision the engine
 computes in. Working weights are those that its forward pass uses.
@@ -7,7 +8,7 @@ computes in. Working weights are those that its forward pass uses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,15 +34,23 @@ class EngineShards(ABC):
         name: What the log's manifest calls the engine.
         module: The model without the engine's wrapper.
         optimizer: The object whose `step` is an optimizer step.
+        base: The optimizer of torch (or of its kind) inside: the update rule and its groups.
         parameters: Trainable parameters by name.
         layout: Where their masters lie; its group moves tensors on the CPU.
+        max_grad_norm: Global-norm clipping of its steps, 0 for none.
+        applied: Whether the last step changed the weights (no overflow, no NaN gradient).
+        autocast: What the training loop computes in by `torch.autocast`; None without, or where the engine sees to it.
     """
 
     name: str
     module: nn.Module
     optimizer: Any
+    base: Any
     parameters: dict[str, Any]
     layout: ShardLayout
+    max_grad_norm: float = 0.0
+    applied: bool = True
+    autocast: torch.dtype | None = None
 
     @abstractmethod
     def read(self) -> ShardedVector:
@@ -79,15 +88,101 @@ class EngineShards(ABC):
     def _write_masters(self, theta: ShardedVector) -> None:
         """Masters and working weights ← θ."""
 
+    # --- logging ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def watch(self, before: Callable[[], None], after: Callable[[], None], keeps_gradient: bool) -> Callable[[], None]:
+        """Has every optimizer step reported, also one that ends up not applied; returns what ends it. Local.
+
+        Args:
+            before: Called before the step; `step_gradient` and `loss_scale` are then those of the step.
+            after: Called after it; `applied` and `grad_norm` are then known. Both are called on every rank or on none.
+            keeps_gradient: Whether `before` asks for `step_gradient`.
+        """
+
+    @abstractmethod
+    def step_gradient(self) -> ShardedVector:
+        """g_s, between the last backward pass and the step: reduced over ranks, unscaled, unclipped. Collective."""
+
+    @property
+    @abstractmethod
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's gradient before clipping; None if it is not known. Local."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by against underflow of its gradient. Local."""
+        return 1.0
+
+    @abstractmethod
+    def is_local_pass(self) -> bool:
+        """Whether the gradient of the pass that begins stays on its rank until a later one reduces it (`no_sync`). Local."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """JSON of all that rounding depends on, by which `build.build_engine` makes the same engine. Local."""
+
+    @abstractmethod
+    def declare_clipping(self, max_grad_norm: float | None) -> None:
+        """Takes what the training loop says it clips to; None says nothing. Local.
+
+        Raises:
+            LmcError: The engine itself clips to something else.
+        """
+
+    # --- replaying -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def run_pass(
+        self, inputs: dict[str, torch.Tensor], num_items: float, scale: float, is_last: bool, is_local: bool
+    ) -> torch.Tensor:
+        """One forward and backward pass of scale · Σ nll / num_items; returns Σ nll / num_items. Collective.
+
+        The engine averages over ranks, so a loss meant as a sum over W ranks needs scale = W.
+
+        Args:
+            inputs: Keyword arguments of the model's forward, `labels` among them.
+            num_items: What the model divides its loss by.
+            scale: What the loss is multiplied by.
+            is_last: Whether the step follows.
+            is_local: Whether the gradient may stay on the rank until the last pass; engines that know no such thing
+                go by `is_last`.
+        """
+
+    @abstractmethod
+    def step(self) -> None:
+        """Clips, steps the optimizer and clears the gradients. Collective."""
+
+    def warm_up(self, inputs: dict[str, torch.Tensor]) -> None:  # noqa: B027
+        """Brings a fresh engine to where it computes as one that has stepped before. Collective.
+
+        Args:
+            inputs: Of any pass, without targets.
+        """
+
+    def destroy(self) -> None:  # noqa: B027
+        """Frees what the engine holds beside the model. Collective."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the forward pass runs."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of the masters, and of the log: float32 or float64."""
+        return torch.float32
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the working weights, in which the engine computes its gradients unless told otherwise."""
         return next(iter(self.parameters.values())).dtype
 
     @property
-    @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups with the settings of the present step."""
+        return self.base.param_groups
 
     @property
     @abstractmethod
@@ -100,9 +195,9 @@ class EngineShards(ABC):
         """Parameter name → index of the optimizer group it belongs to."""
 
     @property
-    @abstractmethod
     def optimizer_class(self) -> str:
         """Name of the update rule's class."""
+        return type(self.base).__name__
 
     def write(self, theta: ShardedVector) -> None:
         """Sets masters and working weights to θ, and checks that they agree. Collective.

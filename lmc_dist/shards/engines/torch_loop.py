@@ -1,4 +1,4 @@
-"""What engines have in common that leave the step to a torch optimizer over the module's own parameters."""
+"""What engines have in common whose masters are tensors of the parameters' shapes, stepped by a torch optimizer."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from lmc_dist.shards.vector import ShardedVector
 
 
 class TorchLoopShards(EngineShards):
-    """Masters are the parameters themselves, and the optimizer's state is shaped like them. Abstract."""
+    """Each master is shaped like its parameter, and so is the optimizer's state. Abstract.
 
-    optimizer: torch.optim.Optimizer
+    Attributes:
+        masters: What the optimizer steps: the parameters themselves unless DeepSpeed keeps copies of them.
+    """
+
+    masters: dict[str, Any]
 
     def _set_optimizer(self, optimizer: Any) -> None:
-        """Takes the optimizer whose groups hold exactly the trainable parameters.
+        """Takes the optimizer whose groups hold exactly the masters.
 
         Raises:
             LmcError: Not a torch optimizer, or one of other parameters.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise LmcError(
-                f"{self.name}: the training loop's torch optimizer is needed, got {type(optimizer).__name__}"
+                f"{self.name}: the training loop's torch optimizer is needed, got {type(optimizer).__name__}: pass "
+                "engine_shards(model, optimizer)"
             )
-        names = {id(p): name for name, p in self.parameters.items()}
+        names = {id(p): name for name, p in self.masters.items()}
         self._groups: dict[str, int] = {}
         for i, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
@@ -40,12 +45,12 @@ class TorchLoopShards(EngineShards):
                         f"{self.name}: the optimizer holds a parameter of shape {tuple(p.shape)} that the model has not: "
                         "build it after the model was wrapped, over model.parameters()"
                     )
-        if missing := [name for name in self.parameters if name not in self._groups]:
+        if missing := [name for name in self.masters if name not in self._groups]:
             raise LmcError(
                 f"{self.name}: trainable parameters that the optimizer has not, first {missing[0]}: freeze them with "
                 "requires_grad_(False)"
             )
-        self.optimizer = optimizer
+        self.base = optimizer
 
     @abstractmethod
     def _shard(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -63,10 +68,10 @@ class TorchLoopShards(EngineShards):
 
     def read(self) -> ShardedVector:
         """A copy of the parameters' shards in host memory. Local."""
-        return self._vector(lambda name: self.parameters[name].detach())
+        return self._vector(lambda name: self.masters[name].detach())
 
     def _state(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        return ((name, self.optimizer.state.get(p, {})) for name, p in self.parameters.items())
+        return ((name, self.base.state.get(p, {})) for name, p in self.masters.items())
 
     def read_state(self) -> State:
         """The optimizer's state, copied. Local.
@@ -80,7 +85,7 @@ class TorchLoopShards(EngineShards):
             for key, value in state.items():
                 if not torch.is_tensor(value) and not isinstance(value, (int, float)):
                     continue
-                if torch.is_tensor(value) and value.shape == self.parameters[name].shape and value.dim():
+                if torch.is_tensor(value) and value.shape == self.masters[name].shape and value.dim():
                     per_element.setdefault(key, {})[name] = value
                 else:
                     counters.setdefault(key, {})[name] = float(value)
@@ -99,24 +104,20 @@ class TorchLoopShards(EngineShards):
         return vectors, {key: next(iter(values.values())) for key, values in counters.items()}
 
     def write_state(self, vectors: dict[str, ShardedVector], scalars: dict[str, float]) -> None:
-        self.optimizer.state.clear()
+        self.base.state.clear()
         if not vectors and not scalars:
             return
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter] = {
-                **{key: torch.zeros_like(parameter) for key in vectors},
+        for master in self.masters.values():
+            self.base.state[master] = {
+                **{key: torch.zeros_like(master) for key in vectors},
                 **{key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()},
             }
         for key, vector in vectors.items():
-            self._fill(lambda name, key=key: self.optimizer.state[self.parameters[name]][key], vector)  # type: ignore[misc]
+            self._fill(lambda name, key=key: self.base.state[self.masters[name]][key], vector)  # type: ignore[misc]
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    @property
-    def optimizer_class(self) -> str:
-        return type(self.optimizer).__name__
+    def master_dtype(self) -> torch.dtype:
+        return next(iter(self.masters.values())).dtype
 
     @property
     def group_of(self) -> dict[str, int]:

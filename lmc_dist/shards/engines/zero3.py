@@ -17,8 +17,9 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
+from lmc_dist.shards.engines.driven import WrappedStepShards
 from lmc_dist.shards.engines.passes import even_passes, measuring, on_device, prepare_pass
-from lmc_dist.shards.engines.protocol import EngineShards, State, check_precision
+from lmc_dist.shards.engines.protocol import State, check_precision
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lmc_dist.curvature.loss import Loss, MicroBatch
 
 
-class ZeRO3Shards(EngineShards):
+class ZeRO3Shards(WrappedStepShards):
     """The master shards and optimizer state of a DeepSpeed ZeRO-3 model. Every rank constructs one.
 
     Args:
@@ -39,6 +40,7 @@ class ZeRO3Shards(EngineShards):
 
     def __init__(self, module: nn.Module, optimizer: Any, engine: Any = None) -> None:
         self.module, self.optimizer, self.engine = module, optimizer, engine
+        self.base = optimizer.optimizer
         self.parameters: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         group = next(iter(self.parameters.values())).ds_process_group
         if dist.get_world_size(group) != dist.get_world_size():
@@ -188,13 +190,13 @@ class ZeRO3Shards(EngineShards):
             o.set_gradient_accumulation_boundary(boundary[1])
             self.refresh()
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.optimizer.param_groups
-
-    @property
-    def optimizer_class(self) -> str:
-        return type(self.optimizer.optimizer).__name__
+    def step_gradient(self) -> ShardedVector:
+        """g_s in float32. Local."""
+        o, pieces = self.optimizer, {}
+        for name, parameter in self.parameters.items():
+            gradient = o.get_local_fp32_grad_for_param(parameter).view(-1)[: self.layout.slots[name].local_numel]
+            pieces[name] = gradient.float().div(float(o.loss_scale)).cpu()
+        return ShardedVector.from_shards(self.layout, pieces)
 
     @property
     def group_of(self) -> dict[str, int]:
@@ -205,18 +207,3 @@ class ZeRO3Shards(EngineShards):
     def has_state(self) -> bool:
         """Whether the optimizer keeps anything from one step to the next."""
         return any(self.optimizer.optimizer.state.get(f) for f in self.optimizer.fp32_partitioned_groups_flat)
-
-    @property
-    def applied(self) -> bool:
-        """Whether the last step changed the weights (no overflow, no NaN gradient)."""
-        return not bool(self.optimizer.overflow)
-
-    @property
-    def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradient before clipping."""
-        norm = getattr(self.optimizer, "_global_grad_norm", None)
-        return None if norm is None else float(norm)
-
-    @property
-    def max_grad_norm(self) -> float:
-        return float(self.optimizer.clip_grad)

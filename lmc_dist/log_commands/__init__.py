@@ -1,0 +1,1 @@
+"""What the commands of `lmc log` and `lmc plan log` do, one file a command."""

@@ -1,0 +1,81 @@
+"""Engines made anew: for a training run, or to repeat one by the settings its log holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.engines import DDPShards, FSDP2Shards, SingleShards, UnfusedShards, engine_shards
+
+ENGINES = ("deepspeed", "fsdp2", "ddp", "single")
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine, or the shards of another one, ready to train. Collective.
+
+    Args:
+        name: `deepspeed` with or without a stage behind it (the settings decide), `fsdp2`, `ddp` or `single`.
+        model: On every rank with the same weights.
+        make_optimizer: The optimizer of a model's trainable parameters.
+        settings: DeepSpeed's whole configuration, or what `EngineShards.settings` was.
+
+    Raises:
+        LmcError: Unknown engine, or `single` on several ranks.
+    """
+    if name.startswith("deepspeed"):
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=settings)
+        shards = engine_shards(engine)
+        if isinstance(shards, UnfusedShards):  # steps once on no gradient when it is made, working weights left behind
+            shards.write(shards.read())
+        return engine
+    if name == "fsdp2":
+        module = shard_fully(model, settings)
+        return FSDP2Shards(module, make_optimizer(module))
+    if name == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DDPShards(DistributedDataParallel(model, **settings), make_optimizer(model))
+    if name == "single":
+        return SingleShards(model, make_optimizer(model))
+    raise LmcError(f"unknown engine '{name}'; available: {', '.join(ENGINES)}")
+
+
+def shard_fully(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """`fully_shard` of the model's units and of the model.
+
+    Args:
+        model: Whole on every rank.
+        settings: `units`, names of modules, without them each block of the model; `param_dtype`, `reduce_dtype`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not settings.get("uniform", True):
+        raise LmcError("the log's FSDP2 units differ in their MixedPrecisionPolicy: build the engine and pass it")
+    dtypes = {
+        key: None if settings.get(key) is None else getattr(torch, settings[key])
+        for key in ("param_dtype", "reduce_dtype")
+    }
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=settings.get("cast_forward_inputs", True))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for name in sorted(settings.get("units") or block_names(model), key=lambda unit: -unit.count(".")):
+        if name:
+            fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the model's repeated blocks: the members of its first list of modules."""
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList):
+            return [f"{name}.{i}" for i in range(len(part))]
+    return []

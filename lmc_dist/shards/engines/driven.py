@@ -1,0 +1,130 @@
+"""What DeepSpeed's engines have in common: how they run passes, how their steps are watched, how they are set up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.engines.protocol import EngineShards
+from lmc_dist.shards.engines.wrappers import find_wrapper
+
+# Settings that rounding depends on; the others concern speed, output, or are given by replay itself.
+NUMERIC = (
+    "zero_optimization",
+    "bf16",
+    "bfloat16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "torch_autocast",
+)
+
+
+def backward_micro_batch(
+    engine: Any, inputs: dict[str, torch.Tensor], num_items: float, scale: float, is_boundary: bool
+) -> torch.Tensor:
+    """One forward and backward pass under DeepSpeed of scale · Σ nll / num_items; returns Σ nll / num_items. Collective.
+
+    DeepSpeed then averages over ranks, so a loss meant as a sum over W ranks needs scale = W. The order of these
+    operations is the Hugging Face Trainer's, which makes its runs repeatable bit for bit.
+    """
+    engine.set_gradient_accumulation_boundary(is_boundary)
+    loss = engine(**inputs, num_items_in_batch=torch.tensor(num_items, dtype=torch.float32, device=engine.device)).loss
+    engine.backward(loss * scale, scale_wrt_gas=False)
+    return loss.detach()
+
+
+class DeepSpeedShards(EngineShards):
+    """An engine of DeepSpeed. Abstract.
+
+    Attributes:
+        engine: The `DeepSpeedEngine`; None where only its module and optimizer were given.
+    """
+
+    engine: Any
+
+    def _engine(self) -> Any:
+        """The engine, looked for where it was not given.
+
+        Raises:
+            LmcError: There is none.
+        """
+        if self.engine is None:
+            self.engine = find_wrapper(self.module)
+        if self.engine is None:
+            raise LmcError("the DeepSpeed engine is needed: pass it, and not its module, to engine_shards()")
+        return self.engine
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine().device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        given = self._engine()._config._param_dict
+        return json.loads(json.dumps({key: given[key] for key in NUMERIC if key in given}, default=str))
+
+    def declare_clipping(self, max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None and max_grad_norm != self.max_grad_norm:
+            raise LmcError(
+                f"max_grad_norm={max_grad_norm} was given, but DeepSpeed clips to gradient_clipping={self.max_grad_norm}"
+            )
+
+    def is_local_pass(self) -> bool:
+        return False  # when DeepSpeed reduces follows from its stage and the end of the window
+
+    def run_pass(
+        self, inputs: dict[str, torch.Tensor], num_items: float, scale: float, is_last: bool, is_local: bool
+    ) -> torch.Tensor:
+        return backward_micro_batch(self._engine(), inputs, num_items, scale, is_last)
+
+    def step(self) -> None:
+        self._engine().step()
+
+    def destroy(self) -> None:
+        self._engine().destroy()
+
+
+class WrappedStepShards(DeepSpeedShards):
+    """A DeepSpeed engine whose optimizer has a `step` of DeepSpeed's, which checks for overflow and clips. Abstract."""
+
+    def watch(self, before: Callable[[], None], after: Callable[[], None], keeps_gradient: bool) -> Callable[[], None]:
+        optimizer = self.optimizer
+        if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+            raise LmcError(
+                "DeepSpeed's torch_autocast in float16 steps through a scaler of its own, which is not supported: use its "
+                "fp16 or bf16 settings"
+            )
+        original = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            before()
+            result = original(*args, **kwargs)
+            after()
+            return result
+
+        optimizer.step = step
+        return lambda: setattr(optimizer, "step", original)
+
+    @property
+    def applied(self) -> bool:  # type: ignore[override]
+        return not bool(self.optimizer.overflow)
+
+    @property
+    def grad_norm(self) -> float | None:
+        norm = getattr(self.optimizer, "_global_grad_norm", None)
+        return None if norm is None else float(norm)
+
+    @property
+    def max_grad_norm(self) -> float:  # type: ignore[override]
+        return float(self.optimizer.clip_grad)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self.optimizer, "loss_scale", 1.0))

@@ -1,0 +1,107 @@
+"""Opening a step table that may be damaged or come from somebody else, for reading.
+
+An SQLite file can hold more than rows: views and triggers that run when a table is read, and beside it a journal whose
+last line names any file of the machine, which SQLite would delete after a recovery. A table that is not exactly what
+`StepTable` makes is refused.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from lmc_dist.errors import LmcError
+from lmc_dist.trajectory.sealed import require_plain
+
+BUSY_SECONDS = 300.0  # a writer may have to wait for somebody who reads the whole table
+_MAGIC = b"SQLite format 3\x00"
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+
+
+def check_files(path: Path) -> None:
+    """Checks a database and what lies beside it before SQLite opens them. Local.
+
+    Raises:
+        LmcError: Missing, not plain files, in another journal mode, or a journal that names another file.
+    """
+    if not path.exists():
+        raise LmcError(f"{path} is missing: the log is incomplete")
+    journal = path.with_name(path.name + "-journal")
+    for each in (
+        path,
+        *(
+            p
+            for p in (journal, *map(path.with_name, (f"{path.name}-wal", f"{path.name}-shm")))
+            if p.is_symlink() or p.exists()
+        ),
+    ):
+        require_plain(each)
+    with open(path, "rb") as file:
+        header = file.read(20)
+    if header and (header[:16] != _MAGIC or header[18:20] != b"\x01\x01"):
+        raise LmcError(f"{path} is damaged: it does not begin like a step table")
+    try:
+        with open(journal, "rb") as file:
+            file.seek(-min(8, journal.stat().st_size), 2)
+            if file.read() == _JOURNAL_MAGIC:
+                raise LmcError(f"{journal} names another journal: no writer of a log leaves such a file")
+    except FileNotFoundError:
+        pass
+
+
+@contextmanager
+def open_database(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
+    """A connection for reading alone; a transaction that a killed writer left open is rolled back where we may write.
+
+    Args:
+        path: Of the database.
+        schema: The statements that made it.
+
+    Raises:
+        LmcError: It is missing, damaged, or holds anything but the schema's tables.
+    """
+    check_files(path)
+    try:
+        with closing(_connect(path)) as connection:
+            for setting in ("trusted_schema = OFF", "cell_size_check = ON", "query_only = ON"):
+                connection.execute(f"PRAGMA {setting}")
+            with closing(sqlite3.connect(":memory:")) as fresh:
+                fresh.executescript(schema)
+                if _objects(fresh) != _objects(connection):
+                    raise LmcError(f"{path} is damaged: its tables are not those of a log")
+            connection.row_factory = sqlite3.Row
+            yield connection
+    except sqlite3.DatabaseError as error:
+        raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Reading needs no right to write but where a journal has to be rolled back.
+    for mode in ("ro", "rw"):
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=60)
+        try:
+            connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+            return connection
+        except sqlite3.OperationalError:
+            connection.close()
+            if mode == "rw":
+                raise
+    raise AssertionError
+
+
+def _objects(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
+    """Everything a database defines, by its text."""
+    return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+def check_pages(connection: sqlite3.Connection) -> None:
+    """Checks that all pages hang together: rows that damage has hidden are found. Local.
+
+    Raises:
+        LmcError: They do not.
+    """
+    problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if problem != "ok":
+        raise LmcError(f"the step table is damaged: {' '.join(problem.split())}")

@@ -1,0 +1,297 @@
+"""Corrections of runs by momentum and Adam: equal to retraining where that is linear, else the derivative of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import VOCAB, KeepDouble, model_config
+from test_sweep import REQUESTS, Regression, linear_module, manifest, schedule
+from torch import nn
+
+from lmc_dist.curvature import HVPConfig, Loss, SquaredError, TokenCrossEntropy
+from lmc_dist.curvature.products import weighted_gradient
+from lmc_dist.errors import LmcError
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.module import ShardedModule, build_skeleton
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.counterfactual import Counterfactual, EditedMicro, EditedStep, edit_step
+from lmc_dist.trajectory.kept import KeptCurvature, KeptWindow
+from lmc_dist.trajectory.passes import clip_coefficient
+from lmc_dist.trajectory.record import MicroRecord, StepLog, StepRecord
+from lmc_dist.unlearn.correction import Correction, apply_correction, compute_correction, load_full_correction
+from lmc_dist.unlearn.log_curvature import average_curvature
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how."""
+
+    module: ShardedModule
+    loss: Loss
+    batches: BatchSource
+    records: list[StepRecord]
+    kind: str
+    groups: tuple[dict[str, Any], dict[str, Any]]
+    max_norm: float = 0.0
+    scale: float = 1.0  # of the first weights
+    keeps: str = "update"  # storage tier
+    max_steps: int | None = None
+    state_every: int = 0
+
+    def described(self) -> Any:
+        optimizer = {"class": self.kind, "groups": [dict(group) for group in self.groups]}
+        return replace(
+            manifest(self.module.layout), optimizer=optimizer, max_grad_norm=self.max_norm, storage=self.keeps
+        )
+
+
+@dataclass
+class Trained:
+    log: StepLog
+    theta: ShardedVector
+    state: dict[str, ShardedVector]
+    step: int
+
+
+def train(run: Run, counterfactual: Counterfactual | None = None) -> Trained:
+    """Training by torch's own optimizer, whose parameters are this rank's shards."""
+    layout, described = run.module.layout, run.described()
+    generator = torch.Generator().manual_seed(9)
+    start = {s.spec.name: torch.randn(s.spec.shape, generator=generator, dtype=torch.float64) for s in layout}
+    theta = ShardedVector.from_full(layout, lambda name: run.scale * start[name])
+    parameters = {name: nn.Parameter(shard.clone()) for name, shard in theta.items()}
+    group_of = {row["name"]: row["group"] for row in described.parameters}
+    groups = [
+        {"params": [p for name, p in parameters.items() if group_of[name] == i], **settings}
+        for i, settings in enumerate(run.groups)
+    ]
+    optimizer: Any = getattr(torch.optim, run.kind)(groups, lr=1.0)
+    log = StepLog(described, theta, max_steps=run.max_steps)
+
+    def state() -> tuple[dict[str, ShardedVector], dict[str, float]]:
+        kinds = {k for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v) and k != "step"}
+        vectors = {
+            kind: ShardedVector.from_shards(layout, {n: optimizer.state[p][kind] for n, p in parameters.items()})
+            for kind in sorted(kinds)
+        }
+        steps = [float(s["step"]) for s in optimizer.state.values() if "step" in s]
+        return vectors, {"step": steps[0]} if steps else {}
+
+    for record in run.records:
+        edited = edit_step(record, counterfactual, "global_token_mean", run.batches.num_targets)
+        gradient = None
+        if not edited.skipped:
+            micros = micros_of(run, edited)
+            gradient = weighted_gradient(run.module, run.loss, theta, micros)
+            norm = gradient.norm()
+            coefficient = clip_coefficient(norm, run.max_norm)
+            record = replace(record, grad_norm=norm, clip_coef=coefficient)
+            for name, p in parameters.items():
+                p.grad = gradient[name] * coefficient
+            for group, lr in zip(optimizer.param_groups, record.lr, strict=True):
+                group["lr"] = lr
+            optimizer.step()
+            theta = ShardedVector.from_shards(layout, {name: p.detach() for name, p in parameters.items()})
+        kept = run.state_every and (record.step + 1) % run.state_every == 0
+        log.append(record, theta, gradient if run.keeps == "gradient" else None, state() if kept else None)
+    vectors, scalars = state()
+    return Trained(log, theta, vectors, int(scalars.get("step", 0)))
+
+
+def micros_of(run: Run, edited: EditedStep) -> Any:
+    from lmc_dist.unlearn.source import micro_batches
+
+    return micro_batches(edited, run.batches, run.module, "kept")
+
+
+def correct(run: Run, log: StepLog, request: Counterfactual, config: HVPConfig, K: int | None = None) -> Correction:
+    return compute_correction(log, run.module, run.batches, request, config, K=K, loss=run.loss)
+
+
+# --- linear: the correction is retraining ----------------------------------------------------------------------------
+
+HUGE = 1e12  # an eps beside which √v is nothing: Adam is then a momentum with bias correction, linear in g
+
+LINEAR: dict[str, tuple[str, float, dict[str, Any]]] = {  # class, what learning rates are multiplied by, settings
+    "momentum": ("SGD", 0.2, {"momentum": 0.8}),
+    "nesterov": ("SGD", 0.2, {"momentum": 0.8, "nesterov": True}),
+    "dampening": ("SGD", 0.6, {"momentum": 0.8, "dampening": 0.6}),
+    "adam": ("Adam", 0.3 * HUGE, {"betas": [0.8, 0.9], "eps": HUGE, "weight_decay": 0.05}),
+    "adamw": ("AdamW", 0.3 * HUGE, {"betas": [0.8, 0.9], "eps": HUGE, "weight_decay": 0.05 / HUGE}),
+}
+
+
+def linear_run(name: str, **changes: Any) -> Run:
+    kind, factor, settings = LINEAR[name]
+    weight_decay = settings.get("weight_decay", 0.05)
+    records = [replace(r, lr=tuple(factor * lr for lr in r.lr)) for r in schedule()]
+    groups = ({**settings, "weight_decay": weight_decay}, {**settings, "weight_decay": 0.0})
+    return Run(linear_module(), SquaredError(), Regression(), records, kind, groups, **changes)
+
+
+def check_linear(name: str, K: int | None) -> dict[str, float]:
+    run = linear_run(name)
+    trained, errors = train(run), {}
+    for request_name, request in REQUESTS.items():
+        found, retrained = correct(run, trained.log, request, HVPConfig("GGN"), K), train(run, request)
+        v, distance = found.v, (trained.theta - retrained.theta).norm()
+        errors[request_name] = (trained.theta + v - retrained.theta).norm() / distance
+        for key, actual in trained.state.items():
+            if key == "exp_avg_sq":  # not linear, and without influence here
+                continue
+            difference = retrained.state[key] - actual
+            errors[f"{request_name}, {key}"] = (found.state[key] - difference).norm() / difference.norm()
+        edits = [edit_step(r, request, "global_token_mean", run.batches.num_targets) for r in run.records]
+        skipped = sum(edited.skipped for edited in edits)  # also where no sample remains
+        if run.kind != "SGD":
+            assert (found.step, found.step - found.behind) == (trained.step, retrained.step)
+        assert found.behind == skipped
+        assert found.gradients_equivalent > len(run.records) - 10  # the gradients that follow the optimizer count
+    return errors
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_correction_equals_retraining_where_the_optimizer_is_linear(ranks: Any, world_size: int) -> None:
+    for name in LINEAR:
+        for errors in ranks(world_size).run(check_linear, name, None if world_size == 3 else 10_000):
+            assert max(errors.values()) <= 1e-10, (name, errors)
+
+
+def check_without_the_counter() -> float:
+    """What is left if the counters of skipped steps are forgotten: the test above would notice."""
+    from lmc_dist.update_rules import UpdateRule
+
+    run = linear_run("adam")
+    trained, request = train(run), REQUESTS["one batch"]
+    original = UpdateRule.clock_gap
+    UpdateRule.clock_gap = lambda self, at, behind, before=0: None  # type: ignore[method-assign]
+    try:
+        v = correct(run, trained.log, request, HVPConfig("GGN")).v
+    finally:
+        UpdateRule.clock_gap = original  # type: ignore[method-assign]
+    retrained = train(run, request)
+    return (trained.theta + v - retrained.theta).norm() / (trained.theta - retrained.theta).norm()
+
+
+def test_counters_of_skipped_steps_matter(ranks: Any) -> None:
+    assert min(ranks(3).run(check_without_the_counter)) > 0.01
+
+
+def check_modes() -> dict[str, float]:
+    run = linear_run("momentum")
+    trained, request = train(run), REQUESTS["20 %, renormalize"]
+    retrained, errors = train(run, request), {}
+    for mode in ("none", "fisher", "diag", "GGN", "exact", "fd", "low_rank"):
+        config = HVPConfig(mode, probes=64, rank=15, refresh=1)
+        v = correct(run, trained.log, request, config).v
+        errors[mode] = (trained.theta + v - retrained.theta).norm() / (trained.theta - retrained.theta).norm()
+    return errors
+
+
+def test_all_modes_run_with_momentum(ranks: Any) -> None:
+    for errors in ranks(2).run(check_modes):
+        assert max(errors["GGN"], errors["exact"], errors["low_rank"]) <= 1e-10 and errors["fd"] <= 1e-7, errors
+        assert errors["GGN"] < errors["diag"] < errors["none"] and errors["fisher"] > 0.05, errors
+
+
+# --- Adam: the correction is the derivative of training ----------------------------------------------------------------
+
+TOKENS = 100
+
+
+class Tokens:
+    """A BatchSource of random sequences of a small language model."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(2, VOCAB - 4, (TOKENS, 8), generator=generator)  # four tokens never occur
+        self.labels = self.ids.clone()
+        for i in range(TOKENS):
+            self.labels[i, : 2 + i % 3] = -100
+
+    def inputs(self, ids: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return {"input_ids": self.ids[list(ids)]}, self.labels[list(ids)]
+
+    def num_targets(self, ids: Any) -> list[int]:
+        return [int((self.labels[i, 1:] != -100).sum()) for i in ids]
+
+    def unknown(self, ids: Any) -> list[int]:
+        return sorted(i for i in ids if not 0 <= i < TOKENS)
+
+
+@dataclass(frozen=True)
+class ScaledMicro(EditedMicro):
+    by: float = 1.0
+
+    @property
+    def weights(self) -> list[float]:
+        return [(1.0 if keep else self.by) / self.denominator for keep in self.kept]
+
+
+@dataclass(frozen=True)
+class Scaled(Counterfactual):
+    """The samples stay with a weight of `by`."""
+
+    by: float = 1.0
+
+    def edit(self, record: StepRecord, normalization: Any, num_targets: Any) -> EditedStep:
+        edited = super().edit(record, normalization, num_targets)
+        micros = tuple(ScaledMicro(m.record, m.kept, m.denominator, self.by) for m in edited.micro_batches)
+        return EditedStep(record, False, micros)
+
+
+def language_run(max_norm: float, **changes: Any) -> Run:
+    """50 steps of AdamW, two epochs in different orders, of a tiny Llama in float64."""
+    skeleton = build_skeleton(model_config("llama-untied")).double()
+    module, tokens = ShardedModule(skeleton, ShardLayout.of_module(skeleton)), Tokens()
+    records: list[StepRecord] = []
+    for epoch in range(2):
+        order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(epoch)).tolist()
+        for i in range(0, TOKENS, 4):
+            ids, step = order[i : i + 4], len(records)
+            count = float(sum(tokens.num_targets(ids)))
+            micros = tuple(MicroRecord(m, 0, tuple(ids[2 * m : 2 * m + 2]), count) for m in range(2))
+            lr = 0.01 * min(1.0, (step + 1) / 5)
+            records.append(StepRecord(step, step, micros, (lr, lr), count))
+    settings = {"betas": [0.9, 0.95], "eps": 1e-6}
+    groups = ({**settings, "weight_decay": 0.1}, {**settings, "weight_decay": 0.0})
+    return Run(module, TokenCrossEntropy(), tokens, records, "AdamW", groups, max_norm, scale=0.2, **changes)
+
+
+FORGOTTEN = 41
+
+
+def check_derivative(max_norm: float) -> dict[str, float]:
+    with KeepDouble():
+        run = language_run(max_norm)
+        trained = train(run)
+        clipped = sum(record.clip_coef < 1 for record in trained.log.records())
+        assert (10 < clipped < 45) == bool(max_norm), clipped
+        touched = [r.step for r in run.records if FORGOTTEN in r.sample_ids]
+        assert len(touched) == 2 and touched[0] < 25 <= touched[1]
+        h = 2e-6
+        scaled = partial(Scaled, "zero", frozenset({FORGOTTEN}))
+        high, low = train(run, scaled(by=1 - h)), train(run, scaled(by=1 + h))
+        slope = (high.theta - low.theta) * (0.5 / h)
+        slopes = {key: (vector - low.state[key]) * (0.5 / h) for key, vector in high.state.items()}
+        errors = {}
+        for epsilon in (1e-3, 1e-8):
+            found = correct(run, trained.log, scaled(by=1 - epsilon), HVPConfig("exact"))
+            errors[f"{epsilon}"] = (found.v * (1 / epsilon) - slope).norm() / slope.norm()
+            for key, expected in slopes.items():
+                errors[f"{epsilon} {key}"] = (found.state[key] * (1 / epsilon) - expected).norm() / expected.norm()
+    return errors
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.34])
+def test_correction_is_the_derivative_of_training_by_adamw(ranks: Any, max_norm: float) -> None:
+    for errors in ranks(2).run(check_derivative, max_norm):
+        last = [error for name, error in errors.items() if name.startswith("1e-08")]
+        assert len(last) == 3 and max(last) <= 1e-5, errors
+        assert errors["1e-08"] < errors["0.001"] < 1e-3, errors
