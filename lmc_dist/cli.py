@@ -221,8 +221,8 @@ parameter at a time.
         """
 examples:
   lmc log spectrum runs/log --config configs/demo.yaml --model.path runs/base
-  deepspeed --num_accelerators 2 -m lmc_dist.cli log spectrum --config configs/tofu.yaml --log_dir runs/tofu/log \\
-      --spectrum.step 62 --spectrum.mode exact --spectrum.json spectrum.json
+  torchrun --nproc_per_node 2 -m lmc_dist.cli log spectrum runs/tofu/log --config configs/tofu.yaml --data.path DATA \\
+      --model.path MODEL --spectrum.step 62 --spectrum.mode exact --spectrum.json spectrum.json
 """,
         ("data", "model", "spectrum", "log_dir"),
         spectrum_work,

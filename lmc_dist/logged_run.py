@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,10 +45,19 @@ def open_logged_run(config: Config, runtime: Runtime) -> LoggedRun:
     check_fingerprints(log, dataset, model_config, skeleton)
     frozen = None
     if config.model.trainable is not None:  # the log holds trained weights only
-        seed = log.manifest.run.get("config", {}).get("train", {}).get("seed", config.train.seed)
-        frozen = read_frozen(build_model(config.model, model_config, seed), log.layout)
+        frozen = read_frozen(starting_model(config, model_config, log), log.layout)
     module = ShardedModule(skeleton, log.layout, runtime.device, frozen=frozen)
     return LoggedRun(log, dataset, tokenizer, model_config, module, DatasetBatches(dataset, runtime.device))
+
+
+def starting_model(config: Config, model_config: Any, log: TrajectoryLog) -> torch.nn.Module:
+    """The model that training started from, as far as a log does not bring it: what is frozen has its value. Local.
+
+    Trained weights are random where nothing is frozen, since the log has them.
+    """
+    model = config.model if config.model.trainable is not None else replace(config.model, path=None)
+    seed = log.manifest.run.get("config", {}).get("train", {}).get("seed", config.train.seed)
+    return build_model(model, model_config, seed)
 
 
 def check_fingerprints(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from pool import Pool
 
 REPO = Path(__file__).resolve().parent.parent
@@ -25,6 +26,15 @@ def ranks() -> Iterator[Callable[[int], Pool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Groups of ranks that may be killed, forked from a process that has imported everything."""
+    found = Forks()
+    assert found.threads == 1  # or forking would not be safe
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

@@ -352,10 +352,10 @@ def test_reshard_keeps_every_bit(ranks: Any, short_logs: dict[str, Path], tmp_pa
     first = [(source, tmp_path / f"from-{n}", n, rule) for n, rule in ((1, "fsdp2"), (3, None), (4, "fsdp2"))]
     assert ranks(2).run(reshard_job, first) == [[fingerprint] * 3] * 2
     for i, (n, start) in enumerate([(2, source), *((n, path) for _, path, n, _ in first)]):
-        for target in range(1, 5):
-            for rule in ("zero3", "fsdp2"):
-                output = tmp_path / f"{n}-to-{target}-{rule}"
-                jobs.setdefault(1 + (i + target) % 4, []).append((start, output, target, rule))
+        for target in range(1, 5):  # each target by both rules, from sources of both
+            rule = ("zero3", "fsdp2")[(i + target) % 2]
+            output = tmp_path / f"{n}-to-{target}-{rule}"
+            jobs.setdefault(1 + (i + target) % 4, []).append((start, output, target, rule))
     for writers, some in jobs.items():
         assert ranks(writers).run(reshard_job, some) == [[fingerprint] * len(some)] * writers
         for _, output, target, rule in some:
@@ -363,11 +363,27 @@ def test_reshard_keeps_every_bit(ranks: Any, short_logs: dict[str, Path], tmp_pa
             log = TrajectoryLog(output)
             assert log.manifest.world_size == 2 and log.manifest.segment(0).partition == rule
             assert {len(digests) for digests in log.kinds(0).values()} == {target}
-    assert all(verify(output).problems == [] for some in jobs.values() for _, output, _, _ in some[:2])
+    assert all(verify(output).problems == [] for some in jobs.values() for _, output, _, _ in some)
     for name in ("full", "zstd"):
         (found,) = ranks(1).run(reshard_job, [(short_logs[name], tmp_path / name, 3, "fsdp2")])[0]
         assert found == TrajectoryLog(short_logs[name]).fingerprint
         assert same(bits(tmp_path / name), bits(short_logs[name])) and verify(tmp_path / name).problems == []
+
+
+def test_reshard_of_a_run_that_was_resumed_on_other_ranks(
+    ranks: Any, logs: dict[str, Config], copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its first steps are in files of 2 ranks, the later ones of 3; resharded and verified it is in files of 1."""
+    path = copy("update")
+    for step in (6, 8):
+        shutil.rmtree(path / "snapshots" / f"step-{step}")
+    ranks(3).run(train_job, replace(logs["update"], log_dir=str(path), resume=True))
+    log = TrajectoryLog(path)
+    assert [len(log.kinds(step)["update"]) for step in range(8)] == [2] * 3 + [3] * 5
+    resharded = reshard(path, tmp_path / "one", 1, "fsdp2")
+    assert same(bits(path), bits(tmp_path / "one")) and resharded.fingerprint == log.fingerprint
+    assert verify(path).problems == verify(tmp_path / "one").problems == []
+    assert "resumed     at step 3 with deepspeed-zero3 on 3 ranks" in inspect_log(Config(log_dir=str(path)))
 
 
 def read_snapshot_job(path: Path) -> list[str]:

@@ -16,7 +16,6 @@ from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
 
-
 SAMPLES, LENGTH, HIDDEN = 4, 24, 12
 
 

@@ -21,7 +21,6 @@ from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedMicro, EditedStep, edit_step
-from lmc_dist.trajectory.kept import KeptCurvature, KeptWindow
 from lmc_dist.trajectory.passes import clip_coefficient
 from lmc_dist.trajectory.record import MicroRecord, StepLog, StepRecord
 from lmc_dist.unlearn.correction import Correction, apply_correction, compute_correction, load_full_correction
@@ -295,3 +294,148 @@ def test_correction_is_the_derivative_of_training_by_adamw(ranks: Any, max_norm:
         last = [error for name, error in errors.items() if name.startswith("1e-08")]
         assert len(last) == 3 and max(last) <= 1e-5, errors
         assert errors["1e-08"] < errors["0.001"] < 1e-3, errors
+
+
+# --- what the sweep needs of the log -----------------------------------------------------------------------------------
+
+
+def adamw_run(**changes: Any) -> Run:
+    """AdamW as it is, on the regression."""
+    run = linear_run("adamw", max_norm=6.0, **changes)
+    groups = tuple({**group, "eps": 1e-8, "weight_decay": 0.05} for group in run.groups)
+    return replace(run, groups=groups, records=[replace(r, lr=(0.02, 0.01)) for r in run.records])  # type: ignore[arg-type]
+
+
+def check_logs() -> None:
+    """However the optimizer is followed, the correction is the same; only the cost differs."""
+    request, config = REQUESTS["one sample, renormalize"], HVPConfig("GGN")
+    runs = {
+        "computed": adamw_run(),
+        "logged": adamw_run(keeps="gradient"),
+        "snapshots": adamw_run(state_every=2),
+    }
+    logs = {name: train(run).log for name, run in runs.items()}
+    steps, first = len(runs["computed"].records), min(r.step for r in runs["computed"].records if 7 in r.sample_ids)
+    assert 2 < first < 5 and 0 < sum(r.clip_coef < 1 for r in logs["computed"].records()) < steps
+    found = {name: correct(runs[name], log, request, config) for name, log in logs.items()}
+    for other in ("logged", "snapshots"):
+        assert (found[other].v - found["computed"].v).norm() <= 1e-10 * found["computed"].v.norm()
+    costs = {name: correction.gradients_equivalent for name, correction in found.items()}
+    assert costs["computed"] - costs["logged"] == pytest.approx(steps)
+    assert costs["computed"] - costs["snapshots"] == pytest.approx(first // 2 * 2)
+    lost = replace(runs["computed"], max_steps=steps - first)
+    with pytest.raises(LmcError, match=rf"the optimizer's state at or before step {first} left the ring"):
+        correct(lost, train(lost).log, request, config)
+
+    # windows as long as the run add up to the joint vector, and short ones keep the actual optimizer state
+    run, log = runs["logged"], logs["logged"]
+    twice = Counterfactual("skip", batch_ids=frozenset({3, 6}))
+    joint, windows = (correct(run, log, twice, config, K) for K in (None, 100))
+    assert (joint.behind, joint.step, windows.behind) == (2, steps, 2)
+    assert (windows.v - joint.v).norm() <= 1e-12 * joint.v.norm()
+    for key, vector in joint.state.items():
+        assert (windows.state[key] - vector).norm() <= 1e-12 * vector.norm()
+    short = correct(run, log, twice, config, K=2)
+    assert short.behind == 0 and all(vector.norm() == 0 for vector in short.state.values())
+    assert [a.K_used for a in short.audit] == [2, 2]
+
+    # gradients that are logged and curvature that is kept: no model, no data
+    kept = average_curvature(log, run.module, run.batches, "c", rank=4, steps=1, loss=run.loss)
+    low_rank = HVPConfig("low_rank")
+    with_model = compute_correction(log, run.module, run.batches, twice, low_rank, kept=kept, loss=run.loss)
+    without = compute_correction(log, None, None, twice, low_rank, kept=kept)
+    assert (without.v - with_model.v).norm() == 0 and without.gradients_equivalent == 0
+    assert without.audit[0].mode == "low_rank:c"
+    with pytest.raises(LmcError, match="following AdamW takes the gradient of every step, and storage 'update' keeps"):
+        compute_correction(logs["computed"], None, None, twice, low_rank, kept=kept)
+
+
+def test_optimizers_are_followed_from_gradients_and_snapshots(ranks: Any) -> None:
+    ranks(2).run(check_logs)
+
+
+def check_what_does_not_fit() -> None:
+    """Each step is compared with the logged one."""
+    run = linear_run("momentum", keeps="gradient")
+    request, config = REQUESTS["one batch"], HVPConfig("none")
+    changes: dict[str, Callable[[StepLog], None]] = {
+        "settings": lambda log: log.manifest.optimizer["groups"][0].update(momentum=0.81),
+        "rate": lambda log: object.__setattr__(log.record(4), "lr", (0.01, 0.01)),
+        "gradient": lambda log: log.gradient(4).scale_(1.001) and None,
+    }
+    for change in changes.values():
+        log = train(run).log
+        correct(run, log, request, config)
+        change(log)
+        with pytest.raises(
+            LmcError, match=r"step \d: the update rule of SGD does not give the logged step: off by"
+        ) as e:
+            correct(run, log, request, config)
+        assert "gradient has norm" in str(e.value) and "replay_head=all" in str(e.value)
+
+
+def test_steps_that_the_rule_does_not_give_are_refused(ranks: Any) -> None:
+    ranks(2).run(check_what_does_not_fit)
+
+
+def check_divergence() -> str:
+    run = linear_run("momentum")
+    log = train(run).log
+    for i in range(5, log.num_steps):  # rates far beyond 2 (1 + momentum) / λ_max, which no longer fit the log either
+        object.__setattr__(log.record(i), "lr", (500.0, 500.0))
+    from lmc_dist.unlearn.path import TrainingPath
+
+    original = TrainingPath._check
+    TrainingPath._check = lambda *args: None  # type: ignore[method-assign]
+    try:
+        with pytest.raises(LmcError, match=r"unit joint: the correction diverged at step \d") as error:
+            correct(run, log, REQUESTS["one batch"], HVPConfig("GGN"))
+    finally:
+        TrainingPath._check = original  # type: ignore[method-assign]
+    return str(error.value)
+
+
+def test_divergence_names_growth_and_limit(ranks: Any) -> None:
+    for message in ranks(2).run(check_divergence):
+        assert "‖d momentum_buffer‖ =" in message and "stable up to 3.6" in message and "smaller K" in message, message
+
+
+def check_live_optimizer(folder: str) -> None:
+    """The engine's optimizer is set with the weights; what is saved can be read at any world size."""
+    from lmc_dist.shards.engines import engine_shards
+    from lmc_dist.shards.vector import dots
+
+    run = adamw_run()
+    trained = train(run)
+    found = correct(run, trained.log, REQUESTS["three batches, the first among them"], HVPConfig("GGN"))
+    found.save(folder)
+    model = nn.Module()
+    model.hidden = nn.Linear(4, 3, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    shards = engine_shards(model, optimizer)
+    shards.write(trained.theta)
+    fresh = shards.read()
+    apply_correction(shards, found)  # an optimizer that has not trained is left alone
+    assert shards.read_state() == ({}, {}) and (shards.read() - (fresh + found.v)).norm() == 0
+
+    shards.write(trained.theta)
+    shards.write_state(trained.state, {"step": float(trained.step)})
+    apply_correction(shards, found)
+    state, scalars = shards.read_state()
+    assert scalars == {"step": trained.step - 3.0} and found.behind == 3
+    assert (state["exp_avg"] - (trained.state["exp_avg"] + found.state["exp_avg"])).norm() == 0
+    expected = trained.state["exp_avg_sq"] + found.state["exp_avg_sq"]
+    assert bool((state["exp_avg_sq"].flat > 0).all())
+    holds = expected.flat > 0
+    assert torch.equal(state["exp_avg_sq"].flat[holds], expected.flat[holds])
+    assert torch.equal(state["exp_avg_sq"].flat[~holds], trained.state["exp_avg_sq"].flat[~holds])
+    with pytest.raises(LmcError, match="optimizer has taken 7 steps, the logged one 10"):
+        apply_correction(shards, found)
+    again = load_full_correction(folder, trained.log.layout, trained.theta)
+    assert (again.behind, again.step) == (3, 10)
+    pairs = [(again.v - found.v,) * 2, *((again.state[key] - x,) * 2 for key, x in found.state.items())]
+    assert not any(dots(pairs))
+
+
+def test_a_live_optimizer_is_corrected_as_well(ranks: Any, tmp_path: Any) -> None:
+    ranks(1).run(check_live_optimizer, str(tmp_path))

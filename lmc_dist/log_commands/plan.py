@@ -127,6 +127,7 @@ class Planner:
         self.snapshots = snapshots_kept(self.num_steps, log.save_interval, log.max_steps)
         values = model_config(self.skeleton)
         self.has_dropout = any(values.get(name) for name in DROPOUT_NAMES)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # taken to be training's
         self._batches = [ids for _, _, ids in self.schedule]
 
     def shape(self, storage: str) -> LogShape:
@@ -186,7 +187,7 @@ class Planner:
                 state = None
                 if self.has_dropout:
                     torch.manual_seed(pass_seed(train.seed, step, m, rank))
-                    state = get_rng_state(torch.device("cpu")).numpy().tobytes()
+                    state = get_rng_state(self.device).cpu().numpy().tobytes()
                 micros.append(MicroRecord(rank, m, tuple(mine), targets, state, "0" * 16 if mine else None))
         rate = train.learning_rate if train.schedule == "constant" else train.learning_rate / 3
         groups = 2 if any(len(spec.shape) <= 1 for spec in self.parameters) else 1

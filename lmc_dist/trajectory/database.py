@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 from lmc_dist.errors import LmcError
@@ -67,10 +68,8 @@ def open_database(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
         with closing(_connect(path)) as connection:
             for setting in ("trusted_schema = OFF", "cell_size_check = ON", "query_only = ON"):
                 connection.execute(f"PRAGMA {setting}")
-            with closing(sqlite3.connect(":memory:")) as fresh:
-                fresh.executescript(schema)
-                if _objects(fresh) != _objects(connection):
-                    raise LmcError(f"{path} is damaged: its tables are not those of a log")
+            if _objects(connection) != _made_by(schema):
+                raise LmcError(f"{path} is damaged: its tables are not those of a log")
             connection.row_factory = sqlite3.Row
             yield connection
     except sqlite3.DatabaseError as error:
@@ -94,6 +93,13 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _objects(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
     """Everything a database defines, by its text."""
     return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+@cache
+def _made_by(schema: str) -> list[tuple[str, ...]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(schema)
+        return _objects(connection)
 
 
 def check_pages(connection: sqlite3.Connection) -> None:

@@ -6,17 +6,19 @@ curvature/NAME/window-00/           a file a rank and eigenvector, like the log'
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import promoted
-from lmc_dist.shards.layout import ShardLayout
-from lmc_dist.trajectory.files import read_json, write_json, write_shard_file
-from lmc_dist.trajectory.reader import ShardReader
+from lmc_dist.shards.layout import PartitionRule, ShardLayout
+from lmc_dist.trajectory.files import write_shard_file
+from lmc_dist.trajectory.reader import FLOATS, ShardReader
+from lmc_dist.trajectory.sealed import read_sealed, require_plain, write_sealed
 
 if TYPE_CHECKING:
     from lmc_dist.curvature.low_rank import LowRank
@@ -70,7 +72,7 @@ class KeptCurvature:
 
 
 def curvature_folder(log_dir: Path, name: str) -> Path:
-    if not name or name != Path(name).name or name.startswith("."):
+    if not re.fullmatch(r"[^./\\\0][^/\\\0]{0,99}", name):
         raise LmcError(f"a curvature's name is that of a folder, without slashes: got '{name}'")
     return log_dir / FOLDER / name
 
@@ -105,7 +107,7 @@ def save_curvature(log_dir: Path, kept: KeptCurvature, log_fingerprint: str) -> 
                 }
             )
         if layout.rank == 0:
-            write_json(
+            write_sealed(
                 part / DESCRIPTION,
                 {
                     "schema": SCHEMA_VERSION,
@@ -132,17 +134,21 @@ def load_curvature(log_dir: Path, name: str, layout: ShardLayout, log_fingerprin
     if not (folder / DESCRIPTION).exists():
         known = ", ".join(kept_names(log_dir)) or "none"
         raise LmcError(f"no curvature '{name}' beside {log_dir} (there: {known}); lmc log curvature computes one")
-    found = read_json(folder / DESCRIPTION)
+    for place in (folder.parent, folder):
+        require_plain(place)
+    found = read_sealed(folder / DESCRIPTION)
     if found.get("schema") != SCHEMA_VERSION:
         raise LmcError(f"{folder} has schema {found.get('schema')}, this version reads {SCHEMA_VERSION}")
     if found["log_fingerprint"] != log_fingerprint:
         raise LmcError(f"curvature '{name}' belongs to another run than the log in {log_dir}: compute it again")
     windows = []
-    dtype = getattr(torch, found["dtype"])
+    dtype, rule = FLOATS.get(str(found.get("dtype"))), cast(PartitionRule, found.get("partition"))
+    if dtype is None or rule not in get_args(PartitionRule):
+        raise LmcError(f"{folder / DESCRIPTION} is damaged: dtype or partition")
     for i, row in enumerate(found["windows"]):
         place, what = folder / f"window-{i:02d}", f"curvature '{name}', window {i}"
         vectors = [
-            ShardReader(place, layout, found["partition"], f"{what}, vector {j}", f"vector-{j:04d}").read(dtype).flat
+            ShardReader(place, layout, rule, f"{what}, vector {j}", f"vector-{j:04d}", {dtype}).read(dtype).flat
             for j in range(len(row["values"]))
         ]
         curvature = LowRank(

@@ -198,7 +198,8 @@ class ShardReader:
         for rank, start, end in self._overlaps(slot):
             low, high = max(start, slot.start), min(end, slot.end)
             target[low - slot.start : high - slot.start] = self._elements(rank, name, low - start, high - start)
-        if not bool(torch.isfinite(target).all()):
+        # Where an element is not finite the sum is not either, and it takes a tenth of the time.
+        if not bool(torch.isfinite(target.sum())) and not bool(torch.isfinite(target).all()):
             raise LmcError(f"{self.what}: tensor '{name}' holds NaN or infinity in elements {slot.start}:{slot.end}")
 
     def dtype(self, name: str) -> torch.dtype:

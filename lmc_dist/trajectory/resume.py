@@ -266,7 +266,7 @@ def truncate(log_dir: Path, step: int) -> None:
     """
     for folder in (log_dir / "snapshots").iterdir():
         number = folder.name.removeprefix("step-")
-        if folder.name == number or not number.isdigit() or int(number) > step:
+        if folder.is_symlink() or folder.name == number or not number.isdigit() or int(number) > step:
             _remove(folder)
     table = StepTable(log_dir)
     table.truncate(step)

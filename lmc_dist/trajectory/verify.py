@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import broadcast_object
+from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
@@ -25,7 +25,7 @@ from lmc_dist.trajectory.kept import DESCRIPTION
 from lmc_dist.trajectory.kept import FOLDER as CURVATURE_FOLDER
 from lmc_dist.trajectory.reader import ShardReader, apply_fixes, rank_files
 from lmc_dist.trajectory.record import TIERS
-from lmc_dist.trajectory.sealed import read_bounded
+from lmc_dist.trajectory.sealed import read_sealed
 from lmc_dist.trajectory.snapshot_files import SnapshotReader
 from lmc_dist.trajectory.snapshots import META_FILE, read_meta, snapshot_folder
 from lmc_dist.trajectory.table import TABLE_FILE, decode_sample, read_rows
@@ -79,13 +79,17 @@ class _Verifier:
     def __init__(self, path: Path, progress: Progress) -> None:
         self.path, self.progress = path, progress
         self.rank, self.world_size = this_rank()
-        self.contents = self._same_contents(read_contents(path))
+        with agreement():
+            found = read_contents(path)
+        self.contents = self._same_contents(found)
         self.problems: list[Problem] = list(self.contents.problems) if self.rank == 0 else []
         self.result = Verification()
 
     def _same_contents(self, found: LogContents) -> LogContents:
-        """Cut back to what rank 0 saw: the log may be growing."""
-        num_steps, snapshots = broadcast_object((found.num_steps, found.snapshots))
+        """Cut back to what all ranks saw: the log may be growing. Collective."""
+        seen = all_gather((found.num_steps, found.snapshots))
+        num_steps = min(number for number, _ in seen)
+        snapshots = sorted(set.intersection(*(set(some) for _, some in seen)))
         found.records = {step: r for step, r in found.records.items() if step < num_steps}
         found.digests = {step: d for step, d in found.digests.items() if step < num_steps}
         found.num_steps, found.snapshots = num_steps, snapshots
@@ -299,7 +303,7 @@ class _Verifier:
                         continue
                     place = {"rank": rank, "kind": kind, "file": str(folder.relative_to(self.path))}
                     try:
-                        rule: Any = read_bounded(folder.parent / DESCRIPTION)["partition"]
+                        rule: Any = read_sealed(folder.parent / DESCRIPTION)["partition"]
                         reader = ShardReader(folder, self.layout, rule, folder.name, kind)
                         for name in reader.damaged_tensors(rank):
                             self._report("its bytes do not have their digest", tensor=name, **place)

@@ -105,7 +105,7 @@ class LogWriter:
         self._whole: deque[tuple[StepRecord, Digests]] = deque()  # rows for the thread to insert
         self._finished: deque[tuple[int, dict[str, Any]]] = deque()  # snapshots that wait for the rows before them
         self._log_checksum = resumed.log_checksum if resumed else None
-        self._next_row = resumed.step if resumed else 0
+        self._next_row = self._num_whole = resumed.step if resumed else 0  # queued, and on disk
 
     def _open(self, is_new: bool) -> None:
         if is_new:
@@ -142,7 +142,7 @@ class LogWriter:
         if error is not None:
             error = LmcError(
                 f"the trajectory log {self.path} cannot be written any more ({type(error).__name__}: {error}); steps "
-                f"before {self._next_row if self.layout.rank == 0 else 'the failure'} are whole: make room or repair "
+                f"before {self._num_whole if self.layout.rank == 0 else 'the failure'} are whole: make room or repair "
                 "the cause, then continue the run with --resume true"
             )
         agree(error, self.layout.group)
@@ -261,6 +261,7 @@ class LogWriter:
             rows.append(self._whole.popleft())
         if rows:
             self._open_table.insert(rows)
+            self._num_whole = rows[-1][0].step + 1
 
     @property
     def _open_table(self) -> StepTable:

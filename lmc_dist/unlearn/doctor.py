@@ -18,7 +18,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.kept import DESCRIPTION, curvature_folder, kept_names
 from lmc_dist.trajectory.passes import batch_digest
 from lmc_dist.trajectory.record import TIERS
-from lmc_dist.trajectory.sealed import read_bounded
+from lmc_dist.trajectory.sealed import read_sealed
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import check_update_rule
 from lmc_dist.unlearn.request import check_request, shorten
@@ -154,7 +154,7 @@ def check_curvature(log: TrajectoryLog) -> Check:
 
 
 def description(log: TrajectoryLog, name: str) -> dict[str, Any]:
-    return read_bounded(curvature_folder(log.path, name) / DESCRIPTION)
+    return read_sealed(curvature_folder(log.path, name) / DESCRIPTION)
 
 
 # --- the log and the data ----------------------------------------------------------------------------------------------
@@ -281,7 +281,8 @@ class Outlook:
 def outlook(log: TrajectoryLog, request: Counterfactual, batches: BatchSource | None) -> Outlook:
     """What a deletion would be able to do. Local."""
     count = len(request.batch_ids or request.sample_ids)
-    what = f"{count} {'batches' if request.batch_ids else 'samples'}, counterfactual '{request.kind}'"
+    one, many = ("batch", "batches") if request.batch_ids else ("sample", "samples")
+    what = f"{count} {one if count == 1 else many}, counterfactual '{request.kind}'"
     normalization, records = log.manifest.loss_normalization, list(log.records())
     try:
         touched = check_request(request, records, batches, normalization)

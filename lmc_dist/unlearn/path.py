@@ -48,8 +48,9 @@ class Tolerance:
 EXACT = Tolerance(1e-4, 0.0)
 # bfloat16 keeps 8 bits: of a logged gradient, or of the update that is compared with.
 ROUNDED = Tolerance(3e-2, 0.0)
-# A float32 gradient summed in another order is off by 1e-6 of its size; at the floor that is 1e-4 of an element.
-COMPUTED = Tolerance(1e-2, 1e-2)
+# A float32 gradient summed in another order is off by 1e-6 of its size: 1e-4 of an element at the floor. Measured on small
+# models under ZeRO-3 with AdamW, dropout and clipping: 2e-7, and 2e-6 without a floor.
+COMPUTED = Tolerance(2e-3, 1e-2)
 # Training computed in 16 bits, the gradient here is of float32: off by some per cent, at the floor by a multiple of that.
 COARSE = Tolerance(0.3, 0.1)
 

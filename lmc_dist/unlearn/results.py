@@ -38,9 +38,7 @@ def write_results(
         tokenizer: Saved beside the model when given.
     """
     dtypes = {row["name"]: getattr(torch, row["dtype"]) for row in log.manifest.parameters}
-    model_checksum = export_model(
-        folder / "model", theta_hat, dtypes, module.module, tokenizer, module.frozen
-    )
+    model_checksum = export_model(folder / "model", theta_hat, dtypes, module.module, tokenizer, module.frozen)
     with agreement():
         correction.save(folder / "correction")
         if log.layout.rank == 0:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from lmc_dist.curvature import HVPConfig
 from lmc_dist.data import PERSON_STRIDE, epoch_order
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import mean_loss, relative_error
-from lmc_dist.logged_run import open_logged_run
+from lmc_dist.logged_run import open_logged_run, starting_model
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.training import build_model, read_request
+from lmc_dist.training import read_request
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.kept import KeptCurvature, load_curvature
 from lmc_dist.trajectory.logger import package_versions
@@ -168,9 +168,7 @@ class UnlearningRun:
     def _replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> tuple[Correction, dict[str, Any]]:
         """The correction by replay, and how far it was certified by checksums on the way."""
         started = time.perf_counter()
-        without_weights = replace(self.config.model, path=None)  # replay brings the logged ones
-        model = build_model(without_weights, self.model_config, seed=0)
-        engine = replay_engine(model, self.log)
+        engine = replay_engine(starting_model(self.config, self.model_config, self.log), self.log)
         result = replay(engine, self.log, self.batches, self.request, progress)
         engine.destroy()
         v = result.theta.to(device=theta.flat.device) - theta
