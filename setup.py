@@ -37,6 +37,7 @@ EXTRAS_REQUIRE = {
         "pytest",
         "pytest-timeout",
         "hypothesis",
+        "peft",
         "ruff",
         "mypy",
         "types-PyYAML",

@@ -147,6 +147,8 @@ COVERED = {
     "source .venv/bin/activate": "run",  # it puts the environment's programs first on PATH, as activating does
     "lmc train": "test_make_demo",
     "lmc unlearn": "test_make_demo",
+    "lmc plan log": "test_make_demo",
+    "lmc log": "test_make_demo",
 }
 
 

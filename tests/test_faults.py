@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(forks: Forks, tmp_path:
         assert not list(Path(config.log_dir).rglob("*.part"))
         shutil.rmtree(tmp_path / f"killed-{count}")
     print(*told, sep="\n")
-    for place in ("snapshots/", "steps/", "steps.sqlite", "lmc log writer", "MainThread"):
+    for place in ("snapshots/", "steps/", "lmc log writer", "MainThread"):
         assert any(place in each for each in told), place
 
 
@@ -278,19 +278,21 @@ def check_stopped(group: Group, causes: tuple[str, ...]) -> None:
     assert "Traceback" not in group.output()
 
 
-FULL = {  # while a step is written, a snapshot, what makes it whole, and (nothing else is written there) the table
-    "step": ("os.rename", "steps/step-00000004", "update"),
-    "snapshot": ("os.mkdir", "snapshots/step-6.part", "update"),
-    "meta": ("open", "snapshots/step-3.part/meta", "full"),
-    "table": ("os.rename", "snapshots/step-3.part", "replay"),
+FULL: dict[
+    str, Any
+] = {  # while a step is written, a snapshot, what makes it whole, and (nothing else is written there) the table
+    "step": ("os.rename", "steps/step-00000004", {"storage": "update"}),
+    "snapshot": ("os.mkdir", "snapshots/step-6.part", {"storage": "update"}),
+    "meta": ("open", "snapshots/step-3.part/meta", {"storage": "full"}),
+    "table": ("os.rename", "snapshots/step-5.part", {"storage": "replay", "save_interval": 5}),
 }
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_disk_stops_training_and_is_survived(forks: Forks, tmp_path: Path, disk: Path, name: str) -> None:
-    event, place, storage = FULL[name]
-    whole = finished(forks, tiny_config(tmp_path, steps=10, storage=storage))
-    config = tiny_config(disk, steps=10, storage=storage)
+    event, place, log = FULL[name]
+    whole = finished(forks, tiny_config(tmp_path, steps=10, **log))
+    config = tiny_config(disk, steps=10, **log)
     before = partial(fill_at, str(disk), event, place)
     causes = ("No space left on device", "database or disk is full")[name == "table" :]  # of the row before, it may be
     group = forks.start(tmp_path / "full", 2, train_job, config, before=before)

@@ -108,6 +108,75 @@ def test_fine_tuning_of_a_part_is_corrected_and_exported_whole(ranks: Any, tmp_p
             assert torch.equal(parameter, start[name]) == (not is_trained), name
 
 
+def lora_job(folder: Path) -> dict[str, float]:
+    """LoRA under DDP: trained with a log, corrected in the live engine, written as an adapter; relative errors of v."""
+    import torch.distributed as dist
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from lmc_dist import TrainingLogger, run_lmcleaner_sample_unlearning
+    from lmc_dist.data import collate
+    from lmc_dist.shards.checksum import checksum
+    from lmc_dist.shards.engines import engine_shards
+    from lmc_dist.training import build_dataset, build_engine
+    from lmc_dist.trajectory.batches import DatasetBatches
+    from lmc_dist.trajectory.replay import replay, replay_engine
+    from lmc_dist.unlearn.request import make_request
+
+    config = small_config(folder)
+    config = replace(config, train=replace(config.train, engine="ddp"))
+    dataset = build_dataset(config)[0]
+
+    def fresh() -> Any:
+        torch.manual_seed(4)
+        return get_peft_model(build_for_replay(config), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+
+    shards = engine_shards(build_engine(fresh(), config.train, dist.get_world_size()))
+    logger = TrainingLogger(config.log_dir, save_interval=3)
+    logger.attach(shards)
+    for step in range(6):
+        ids = dataset.ids[4 * step : 4 * step + 4]
+        batch = collate(dataset.by_id(ids[dist.get_rank() :: 2]), dataset.pad_token_id)
+        items = sum(dataset.num_targets(i) for i in ids)
+        shards.module.train()
+        shards.run_pass(dict(batch), items, 2.0, True, False)
+        shards.step()
+    logger.close()
+    log = TrajectoryLog(config.log_dir)
+    theta, forgotten = log.theta(log.num_steps), log.record(1).sample_ids[:2]
+    engine = replay_engine(fresh(), log)
+    batches = DatasetBatches(dataset)
+    retrained = replay(engine, log, batches, make_request(sample_ids=forgotten)).theta
+    engine.destroy()
+    errors = {}
+    for mode in ("none", "exact"):
+        is_last = mode == "exact"
+        found = run_lmcleaner_sample_unlearning(
+            shards,
+            config.log_dir,
+            forgotten,
+            hessian_mode=mode,
+            dataset=dataset,
+            output_dir=str(folder / "out") if is_last else None,
+            apply_immediately=is_last,
+        )
+        errors[mode] = (theta + found.v - retrained).norm() / (theta - retrained).norm()
+    corrected = shards.read()
+    assert checksum(corrected) == checksum(theta + found.v)
+    adapted = PeftModel.from_pretrained(build_for_replay(config), folder / "out" / "model")
+    loaded = dict(adapted.named_parameters())
+    for slot in corrected.layout:
+        whole = loaded[slot.spec.name].detach().reshape(-1)
+        assert torch.equal(whole[slot.start : slot.end], corrected[slot.spec.name])
+    dist.barrier()
+    return errors
+
+
+def test_lora_is_corrected_live_and_written_as_an_adapter(ranks: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    errors = ranks(2).run(lora_job, tmp_path)[0]
+    assert errors["exact"] < 0.05 and errors["exact"] < errors["none"], errors
+
+
 def test_a_pattern_that_finds_nothing_is_refused(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     for pattern, message in (("lora_", "finds no parameter"), ("(", "no regular expression")):

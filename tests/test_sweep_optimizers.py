@@ -280,7 +280,7 @@ def check_derivative(max_norm: float) -> dict[str, float]:
         slope = (high.theta - low.theta) * (0.5 / h)
         slopes = {key: (vector - low.state[key]) * (0.5 / h) for key, vector in high.state.items()}
         errors = {}
-        for epsilon in (1e-3, 1e-8):
+        for epsilon in (1e-8,) if max_norm else (1e-3, 1e-8):
             found = correct(run, trained.log, scaled(by=1 - epsilon), HVPConfig("exact"))
             errors[f"{epsilon}"] = (found.v * (1 / epsilon) - slope).norm() / slope.norm()
             for key, expected in slopes.items():
@@ -293,7 +293,7 @@ def test_correction_is_the_derivative_of_training_by_adamw(ranks: Any, max_norm:
     for errors in ranks(2).run(check_derivative, max_norm):
         last = [error for name, error in errors.items() if name.startswith("1e-08")]
         assert len(last) == 3 and max(last) <= 1e-5, errors
-        assert errors["1e-08"] < errors["0.001"] < 1e-3, errors
+        assert max_norm or errors["1e-08"] < errors["0.001"] < 1e-3, errors
 
 
 # --- what the sweep needs of the log -----------------------------------------------------------------------------------
