@@ -219,7 +219,7 @@ class TrainingLogger:
             model_config=model_config(module),
             model_fingerprint=model_fingerprint(module),
             parameters=table,
-            optimizer={"class": shards.optimizer_class, "groups": settings},
+            optimizer={"class": shards.optimizer_class, "groups": settings} | decay_mode(shards.base),
             loss_normalization=self.loss_normalization,
             max_grad_norm=shards.max_grad_norm,
             dataset_fingerprint=self.dataset_fingerprint,
@@ -486,6 +486,12 @@ class TrainingLogger:
 def rates(shards: EngineShards) -> tuple[float, ...]:
     """Learning rate of each optimizer group. Local."""
     return tuple(float(group["lr"]) for group in shards.param_groups)
+
+
+def decay_mode(optimizer: Any) -> dict[str, Any]:
+    """Which weight decay DeepSpeed's Adam does: an attribute of the optimizer, in no group's settings."""
+    mode = getattr(optimizer, "adam_w_mode", None)
+    return {} if mode is None else {"adam_w_mode": bool(mode)}
 
 
 def package_versions() -> dict[str, str]:

@@ -95,6 +95,8 @@ class SGD:
 class Adam:
     """torch.optim.Adam and AdamW; DeepSpeed's FusedAdam and DeepSpeedCPUAdam, which round otherwise.
 
+    DeepSpeedCPUAdam takes 1 − β2 in float32: its second moments were measured to differ by 1e-5, its θ by 1e-5 of an update.
+
     Attributes:
         is_decoupled: Weight decay shrinks θ itself (AdamW); else it is added to the gradient.
         bias_correction: DeepSpeed can leave it out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,6 +38,23 @@ def backward_micro_batch(
     loss = engine(**inputs, num_items_in_batch=torch.tensor(num_items, dtype=torch.float32, device=engine.device)).loss
     engine.backward(loss * scale, scale_wrt_gas=False)
     return loss.detach()
+
+
+def read_counters(optimizer: Any, flats: Iterable[torch.Tensor]) -> dict[str, float]:
+    """State of one element, such as Adam's `step`: torch keeps a tensor, DeepSpeed's own optimizers a number. Local."""
+    return {
+        key: float(value)
+        for flat in flats
+        for key, value in optimizer.state.get(flat, {}).items()
+        if isinstance(value, (int, float)) or (torch.is_tensor(value) and value.numel() == 1 and value.dim() == 0)
+    }
+
+
+def as_counter(optimizer: Any, value: float) -> Any:
+    """A counter as the optimizer keeps it."""
+    if type(optimizer).__module__.startswith("deepspeed."):
+        return int(value)
+    return torch.tensor(value, dtype=torch.float32)
 
 
 class DeepSpeedShards(EngineShards):

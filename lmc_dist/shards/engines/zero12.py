@@ -17,7 +17,7 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
-from lmc_dist.shards.engines.driven import WrappedStepShards
+from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, read_counters
 from lmc_dist.shards.engines.protocol import State
 from lmc_dist.shards.engines.replicated import ReplicatedShards
 from lmc_dist.shards.engines.torch_loop import trainable
@@ -141,11 +141,7 @@ class ZeRO12Shards(WrappedStepShards, ReplicatedShards):
 
     def read_state(self) -> State:
         keys = self._state_keys()
-        scalars: dict[str, float] = {}
-        for flat in self._flats:
-            for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
-                if key not in keys and torch.is_tensor(value) and value.numel() == 1:
-                    scalars[key] = float(value)
+        scalars = read_counters(self.optimizer.optimizer, self._flats)
         return {key: self._gathered(self._state_of(key)) for key in keys}, scalars
 
     def write_state(self, vectors: dict[str, ShardedVector], scalars: dict[str, float]) -> None:
@@ -156,7 +152,7 @@ class ZeRO12Shards(WrappedStepShards, ReplicatedShards):
             for key in vectors:
                 state[key] = torch.zeros_like(flat.detach())
             for key, value in scalars.items():
-                state[key] = torch.tensor(value, dtype=torch.float32)
+                state[key] = as_counter(optimizer, value)
         self.optimizer._hp_optimizer_states_linked = False  # DeepSpeed's own views of the state are made anew
         for key, vector in vectors.items():
             self._scatter(vector, self._state_of(key))

@@ -17,7 +17,7 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
-from lmc_dist.shards.engines.driven import WrappedStepShards
+from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, read_counters
 from lmc_dist.shards.engines.passes import even_passes, measuring, on_device, prepare_pass
 from lmc_dist.shards.engines.protocol import State, check_precision
 from lmc_dist.shards.layout import ShardLayout
@@ -108,11 +108,7 @@ class ZeRO3Shards(WrappedStepShards):
         shards: dict[str, dict[str, torch.Tensor]] = {}
         for key, name, view in self._state():
             shards.setdefault(key, {})[name] = view
-        scalars: dict[str, float] = {}
-        for flat in self.optimizer.fp32_partitioned_groups_flat:
-            for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
-                if torch.is_tensor(value) and value.numel() == 1 and key not in shards:
-                    scalars[key] = float(value)
+        scalars = read_counters(self.optimizer.optimizer, self.optimizer.fp32_partitioned_groups_flat)
         vectors = {
             key: ShardedVector.from_shards(self.layout, {name: tensor.cpu() for name, tensor in tensors.items()})
             for key, tensors in shards.items()
@@ -128,7 +124,7 @@ class ZeRO3Shards(WrappedStepShards):
             for key in vectors:
                 state[key] = torch.zeros_like(flat)
             for key, value in scalars.items():
-                state[key] = torch.tensor(value, dtype=torch.float32)
+                state[key] = as_counter(optimizer, value)
         for key, name, view in self._state():
             view.copy_(vectors[key][name])
 
