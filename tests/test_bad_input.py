@@ -123,18 +123,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other schema": (edit_manifest, "has schema 99, this version reads 2"),
     "file of a rank missing": (lambda log: update_file(log).unlink(), "file of rank 1 of 2 is missing"),
     "file cut": (truncate, "step 5: .* is damaged"),
-    "file of another world size": (misname, "was written by rank 1 of 3, its name says rank 1 of 2"),
-    "NaN in a shard": (rewrite(set_nan), "rank 1: .*step 5: tensor 'model.layers.0.self_attn.q_proj.weight' holds NaN"),
-    "flipped bit": (rewrite(flip_bit), "θ after step 5 does not have the logged checksum"),
+    "file of another world size": (misname, "step 5: the header of .* does not have the digest in the step table"),
+    "NaN in a shard": (
+        rewrite(set_nan),
+        "rank 1: .*step 5: the bytes of tensor 'model.layers.0.self_attn.q_proj.weight' .* do not have their digest",
+    ),
+    "flipped bit": (
+        rewrite(flip_bit),
+        "step 5: the bytes of tensor 'model.layers.1.mlp.up_proj.weight' in .* do not have their digest",
+    ),
     "tensor missing": (rewrite(drop_tensor), "step 5: rank 1's file lacks tensor 'model.norm.weight'"),
-    "tensor too short": (rewrite(shorten), "tensor 'model.norm.weight' of rank 1 has .* a file of another world size"),
+    "tensor too short": (
+        rewrite(shorten),
+        "tensor 'model.norm.weight' of rank 1 is stored as F32 of shape .7., its header says F32 of shape .8.",
+    ),
     "snapshot cut": (
         lambda log: [p.write_bytes(p.read_bytes()[:200]) for p in (log / "snapshots/step-0").glob("*.safetensors")],
         "snapshot .* is damaged",
     ),
     "foreign path in the table": (
         sql("""UPDATE steps SET tensors = '{"../../etc": ["0", "0"]}' WHERE step = 5"""),
-        "update of step 5 is not",
+        "row of step 5 does not say where its tensors are",
     ),
 }
 

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cases import token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engines import build, odd_model
+from test_fd_engines import reference_model, zero3_engine
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement
@@ -407,6 +410,35 @@ def test_one_ranks_disk_error_stops_all_ranks_with_its_cause(ranks: Any, tmp_pat
     found = ranks(2).run(broken_writer_job, str(tmp_path / "log"))
     assert found[0] == found[1] and found[0][1] == 1  # step 1 has no row, although rank 0 wrote its part
     assert "cannot be written any more (FileExistsError" in found[0][0] and "--resume true" in found[0][0]
+
+
+class Stuck(torch.optim.SGD):
+    """An optimizer that says it stepped."""
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def stuck_job(folder: str) -> str:
+    from lmc_dist import TrainingLogger
+
+    engine = zero3_engine(reference_model("llama-tied", torch.float32), partial(Stuck, lr=0.1))
+    engine.train()
+    logger = TrainingLogger(folder, mode="replay", loss_normalization="micro_batch_token_mean")
+    logger.attach(engine)
+    tokens = token_batch(dist.get_rank(), 2)[0]
+    index = torch.arange(2) + 2 * dist.get_rank()
+    engine.backward(engine(input_ids=tokens, labels=tokens, index=index).loss)
+    with pytest.raises(LmcError) as caught:
+        engine.step()
+    logger.detach()
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_a_step_that_changes_nothing_is_an_error_at_once(ranks: Any, tmp_path: Path) -> None:
+    for message in ranks(2).run(stuck_job, str(tmp_path / "log")):
+        assert "step 0: the optimizer stepped with lr" in message and "no weight changed" in message
 
 
 # --- reading ahead ---------------------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN in JSON": (text("manifest.json", b'{"schema": NaN}'), "NaN is no number"),
     "another object": (text("manifest.json", b"[1]"), "it has no digest"),
     "no digest": (text("manifest.json", json.dumps(plain_manifest().to_json()).encode()), "it has no digest"),
+    "another version without a digest": (text("manifest.json", b'{"schema": 1}'), "has schema 1, this version reads"),
     "another version": (manifest(schema=99), "has schema 99"),
     "a field too many": (manifest(code="x"), "manifest.json is damaged"),
     "a type that is a function": (manifest(dtype="load"), "dtype is 'load', needed is one of float32"),

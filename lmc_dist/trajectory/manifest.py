@@ -13,7 +13,7 @@ from lmc_dist.trajectory.codec import COMPRESSIONS
 from lmc_dist.trajectory.files import MANIFEST_FILE
 from lmc_dist.trajectory.reader import FLOATS
 from lmc_dist.trajectory.record import SCHEMA_VERSION, TIERS, LossNormalization, Segment, TrajectoryManifest
-from lmc_dist.trajectory.sealed import read_sealed, write_sealed
+from lmc_dist.trajectory.sealed import read_bounded, unsealed, write_sealed
 
 MAX_RANKS = 99_999  # file names have five digits
 MAX_ELEMENTS = 2**52  # of a model
@@ -33,12 +33,14 @@ def read_manifest(log_dir: Path) -> TrajectoryManifest:
     path = log_dir / MANIFEST_FILE
     if not path.exists():
         raise LmcError(f"no trajectory log in '{log_dir}': {MANIFEST_FILE} is missing")
-    values = read_sealed(path)
-    if values.get("schema") != SCHEMA_VERSION:
+    values = read_bounded(path)
+    schema = values.get("schema") if isinstance(values, dict) else SCHEMA_VERSION
+    if schema != SCHEMA_VERSION:  # another version need not have a digest
         raise LmcError(
-            f"{path} has schema {str(values.get('schema'))[:40]}, this version reads {SCHEMA_VERSION}: read the log with the "
+            f"{path} has schema {str(schema)[:40]}, this version reads {SCHEMA_VERSION}: read the log with the "
             "lmc_dist that wrote it (manifest.json, versions), or train again"
         )
+    values = unsealed(path, values)
     try:
         manifest = TrajectoryManifest(**values)
         check_manifest(manifest)

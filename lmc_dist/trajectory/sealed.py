@@ -39,7 +39,15 @@ def read_sealed(path: Path) -> dict[str, Any]:
     Raises:
         LmcError: It is missing, is not a plain file, is too large, or is not what was written.
     """
-    value = read_bounded(path)
+    return unsealed(path, read_bounded(path))
+
+
+def unsealed(path: Path, value: Any) -> dict[str, Any]:
+    """An object without its digest, which it must have. Local.
+
+    Raises:
+        LmcError: It has none, or that of another content.
+    """
     if not isinstance(value, dict) or not isinstance(value.get(DIGEST), str):
         raise LmcError(f"{path} is damaged: it has no digest")
     if content_digest(value) != value.pop(DIGEST):
