@@ -293,10 +293,9 @@ class LogWriter:
     def finish_snapshot(self) -> None:
         """Hands over the snapshot that all ranks have written; it becomes visible once the rows before it are."""
         assert self._snapshot is not None
-        step, future, meta = self._snapshot
+        step, _, meta = self._snapshot
+        self.raise_error()
         self._snapshot = None
-        error = future.exception()
-        agree(None if error is None else LmcError(f"the snapshot of step {step} failed: {error}"), self.layout.group)
         if self.layout.rank == 0:
             self._finished.append((step, meta))
 
