@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.multiprocessing as mp
 
 PRELOADED = (
@@ -139,7 +140,9 @@ class Forks:
     def __init__(self) -> None:
         self._connection, theirs = mp.get_context("spawn").Pipe()
         self._process = mp.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        with pytest.MonkeyPatch.context() as patch:  # it imports numpy, whose OpenBLAS starts threads at once
+            patch.setenv("OMP_NUM_THREADS", "1")
+            self._process.start()
         self.threads = self._connection.recv()
         self._count = 0
 
