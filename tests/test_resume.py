@@ -165,7 +165,7 @@ REFUSED: dict[str, Any] = {
 def test_another_run_is_not_gone_on_with(forks: Forks, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, steps=4)
     before = records_of(finished(forks, config, 1))
-    for i, (message, change) in enumerate(REFUSED.items()):  # one after the other: each holds the log's lock for a moment
+    for i, (message, change) in enumerate(REFUSED.items()):  # not together: each holds the lock for a moment
         group = forks.start(tmp_path / f"refused-{i}", 1, train_job, change(config))
         assert group.wait() == [2], group.output()
         with pytest.raises(LmcError, match=message):
