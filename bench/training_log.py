@@ -8,9 +8,9 @@ take turns of a few steps. The first step of a turn is not counted: no writing o
 end of a turn the writer thread is waited for (`drain`), so that no case pays for another's writing.
 
 `ratio` is the median step over the median step without a log, with the cost of snapshots spread over their interval;
-`steps` is the same without snapshots, `mean` of means instead of medians, `CPU` of the
-processor time of all ranks and threads, which tells less of the load of the machine. A snapshot's cost is what a turn takes longer
-that has one after its first step, waiting for the disk included. All weights are compared at the end: logging must not change training.
+`steps` is the same without snapshots, `mean` of means instead of medians, `CPU` of the processor time of all ranks and
+threads, which tells less of the load of the machine. A snapshot's cost is what a turn takes longer that has one after
+its first step, waiting for the disk included. All weights are compared at the end: logging must not change training.
 """
 
 from __future__ import annotations

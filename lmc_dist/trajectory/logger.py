@@ -72,8 +72,9 @@ class TrainingLogger:
             `full` (g_s and θ_{s+1}, which holds u_s).
         save_interval: Steps between snapshots; None keeps the first and the last only.
         save_batch_data: Keep the tokens of every sample, once, so that unlearning needs no dataset.
-        update_dtype: `float32` (the masters' own type, where they are float64) keeps every θ_s to the bit; `bfloat16` halves u_s, and what is rounded away is added to
-            the next step's, so that θ_s is never off by more than one update's rounding.
+        update_dtype: `float32` (the masters' own type, where they are float64) keeps every θ_s to the bit; `bfloat16`
+            halves u_s, and what is rounded away is added to the next step's, so that θ_s is never off by more than one
+            update's rounding.
         gradient_dtype: `float32`, or `bfloat16` rounded to nearest.
         compression: `none`, or `zstd` of the tensors' shuffled bytes.
         buffer_mb: Memory (MiB) of each rank for steps that wait to be written; training waits when it is full.
