@@ -30,7 +30,7 @@ from lmc_dist.data import (
     split_batch,
     train_tokenizer,
 )
-from lmc_dist.errors import LmcError
+from lmc_dist.errors import LmcError, first_line
 from lmc_dist.export import export_model
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
 from lmc_dist.shards.engines import engine_shards
@@ -418,7 +418,3 @@ def train(config: Config, runtime: Runtime) -> dict[str, Any]:
     if runtime.is_main:
         write_json(Path(config.log_dir) / "train.json", summary)
     return summary
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -215,23 +215,22 @@ def test_frozen_parameters_are_left_out(ranks: Any, tmp_path: Path) -> None:
         ranks(2).run(frozen_job, tmp_path / engine, engine)
 
 
-def lora_job(folder: Path, engine: str) -> list[str]:
-    """Names of what is logged of a model under LoRA, replayed to the bit."""
+def train_lora(config: Config, targets: list[str], steps: int, interval: int) -> tuple[EngineShards, Any, Any]:
+    """(live engine, what makes its model anew, dataset) of a logged run on two ranks under LoRA."""
     from peft import LoraConfig, get_peft_model
 
     from lmc_dist.training import build_dataset, build_engine
 
-    config = engine_config(folder, engine)
     dataset = build_dataset(config)[0]
 
     def fresh() -> Any:
         torch.manual_seed(4)
-        return get_peft_model(build_for_replay(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        return get_peft_model(build_for_replay(config), LoraConfig(r=2, target_modules=targets))
 
     shards = engine_shards(build_engine(fresh(), config.train, dist.get_world_size()))
-    logger = TrainingLogger(config.log_dir, save_interval=2)
+    logger = TrainingLogger(config.log_dir, save_interval=interval)
     logger.attach(shards)
-    for step in range(3):
+    for step in range(steps):
         ids = dataset.ids[4 * step : 4 * step + 4]
         batch = collate(dataset.by_id(ids[dist.get_rank() :: 2]), dataset.pad_token_id)
         items = sum(dataset.num_targets(i) for i in ids)
@@ -239,6 +238,13 @@ def lora_job(folder: Path, engine: str) -> list[str]:
         shards.run_pass(dict(batch), items, 2.0, True, False)
         shards.step()
     logger.close()
+    return shards, fresh, dataset
+
+
+def lora_job(folder: Path, engine: str) -> list[str]:
+    """Names of what is logged of a model under LoRA, replayed to the bit."""
+    config = engine_config(folder, engine)
+    shards, fresh, dataset = train_lora(config, ["q_proj", "v_proj"], steps=3, interval=2)
     shards.destroy()
     log = TrajectoryLog(config.log_dir)
     engine_again = replay_engine(fresh(), log)

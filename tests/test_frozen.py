@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import model_config
+from test_engine_logs import train_lora
 from test_zero3 import build_for_replay, small_config, this_runtime, train_job
 
 from lmc_dist.config import Config, ForgetConfig, UnlearnConfig
@@ -111,36 +112,17 @@ def test_fine_tuning_of_a_part_is_corrected_and_exported_whole(ranks: Any, tmp_p
 def lora_job(folder: Path) -> dict[str, float]:
     """LoRA under DDP: trained with a log, corrected in the live engine, written as an adapter; relative errors of v."""
     import torch.distributed as dist
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel
 
-    from lmc_dist import TrainingLogger, run_lmcleaner_sample_unlearning
-    from lmc_dist.data import collate
+    from lmc_dist import run_lmcleaner_sample_unlearning
     from lmc_dist.shards.checksum import checksum
-    from lmc_dist.shards.engines import engine_shards
-    from lmc_dist.training import build_dataset, build_engine
     from lmc_dist.trajectory.batches import DatasetBatches
     from lmc_dist.trajectory.replay import replay, replay_engine
     from lmc_dist.unlearn.request import make_request
 
     config = small_config(folder)
     config = replace(config, train=replace(config.train, engine="ddp"))
-    dataset = build_dataset(config)[0]
-
-    def fresh() -> Any:
-        torch.manual_seed(4)
-        return get_peft_model(build_for_replay(config), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-
-    shards = engine_shards(build_engine(fresh(), config.train, dist.get_world_size()))
-    logger = TrainingLogger(config.log_dir, save_interval=3)
-    logger.attach(shards)
-    for step in range(6):
-        ids = dataset.ids[4 * step : 4 * step + 4]
-        batch = collate(dataset.by_id(ids[dist.get_rank() :: 2]), dataset.pad_token_id)
-        items = sum(dataset.num_targets(i) for i in ids)
-        shards.module.train()
-        shards.run_pass(dict(batch), items, 2.0, True, False)
-        shards.step()
-    logger.close()
+    shards, fresh, dataset = train_lora(config, ["q_proj", "up_proj"], steps=6, interval=3)
     log = TrajectoryLog(config.log_dir)
     theta, forgotten = log.theta(log.num_steps), log.record(1).sample_ids[:2]
     engine = replay_engine(fresh(), log)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import VOCAB, KeepDouble, model_config, token_batch
+from hvp import Logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_curvature import random_full, shard_of
@@ -143,17 +144,6 @@ def test_a_model_without_blocks_runs_whole_and_says_what_that_costs(caplog: pyte
     micros = [MicroBatch({"x": torch.randn(2, 1000)}, torch.randn(2, 3), torch.ones(2))]
     product = hvp_apply(v, HVPConfig("GGN"), module, SquaredError(), theta, micros)
     assert product.dot(v) > 0
-
-
-class Logits(torch.nn.Module):
-    """(B, T) token ids → (B·(T−1), V) logits, as curvlinops needs them."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
 # curvlinops takes the Hessian forward over reverse, by torch's own rules: silu's backward has none, and on GPT-2

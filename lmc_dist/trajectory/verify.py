@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lmc_dist.errors import LmcError
+from lmc_dist.errors import LmcError, first_line
 from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
@@ -330,9 +330,3 @@ class _Verifier:
         """A problem that all ranks see."""
         if self.rank == 0:
             self._report(message, **place)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
