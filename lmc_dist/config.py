@@ -147,8 +147,8 @@ class UnlearnConfig:
 
     Attributes:
         hessian_mode: Curvature of the propagation: `GGN`, `exact` (Hessian), `fd` (Hessian by differences of gradients),
-            `fisher` (of the logged batch gradient), `diag` (estimated diagonal of the GGN), `low_rank` (largest
-            eigenpairs), or `none` (first-order rollback).
+            `secant` (the change of the gradient itself; not linear), `fisher` (of the logged batch gradient), `diag`
+            (estimated diagonal of the GGN), `low_rank` (largest eigenpairs), or `none` (first-order rollback).
         probes: `diag`: products behind each step's estimate; 0 is the exact diagonal, for tiny models.
         rank: `low_rank`: eigenpairs.
         base: `low_rank`: whose, `GGN`, `exact` or `fd`.
@@ -156,7 +156,9 @@ class UnlearnConfig:
         curvature: `low_rank`: name of a curvature that `lmc log curvature` left beside the log, used in place of the model.
         K: Steps a source is propagated; null is all.
         damping: λ ≥ 0 added to the curvature.
-        replay_head: 0 propagates at once; `all` is exact replay.
+        replay_head: Steps, from the first that holds forgotten data on, that are taken as they are before the
+            recursion takes over; `auto` until the two agree; `all` is exact replay on the engine that trained.
+        head_tolerance: `auto`: relative difference at which they do.
     """
 
     hessian_mode: str = "GGN"
@@ -167,7 +169,8 @@ class UnlearnConfig:
     curvature: str | None = None
     K: int | None = None
     damping: float = 0.0
-    replay_head: int | Literal["all"] = 0
+    replay_head: int | Literal["auto", "all"] = 0
+    head_tolerance: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,41 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class PlanUnlearnConfig:
+    """What `lmc plan unlearn` weighs, and where.
+
+    Attributes:
+        max_error: Largest rel_error that will do; null recommends what is exact.
+        head: Steps of the replayed head that is weighed.
+        block: Vectors at once where each forgotten sample has its own; null is as many as fit, 64 at most.
+        groups: Parts of the ranks that share these.
+        controls: Control deletions to measure errors on; the result stays beside the log and later plans use it.
+        candidates: Strategies that are measured on them, as `compare` spells them.
+        calibrate: Seconds to spend on timing this machine.
+        hardware: Project to `a100`, `h100`, `h200` or `mi300x` in place of timing this machine.
+        world_size: Ranks to project to; null is the present number.
+        tf32: Projection: products may use TF32.
+        steps: Plan without a log: optimizer steps of an imagined run of `model` and `train`, whose settings it takes.
+        tokens: Without a log: tokens of a sample; null is data.max_length.
+        forgotten: Without a log: samples to forget, evenly over the run.
+    """
+
+    max_error: float | None = None
+    head: int = 10
+    block: int | None = None
+    groups: int = 1
+    controls: int = 0
+    candidates: str = "ggn,exact,10+ggn,10+exact"
+    calibrate: float = 10.0
+    hardware: str | None = None
+    world_size: int | None = None
+    tf32: bool = False
+    steps: int | None = None
+    tokens: int | None = None
+    forgotten: int = 1
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run: one file serves training, unlearning and the reference.
 
@@ -282,7 +320,7 @@ class Config:
         output_dir: Folder that an unlearning run writes.
         reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
         compare: Further methods measured on the same request: `tim`, `fisher`, `diag`, `low_rank`, `ggn`, `fd`, `exact`,
-            `replay`, separated by commas.
+            `secant`, `replay`, separated by commas; `10+exact` and `auto+exact` replay a head first.
         json: File for what a log command finds.
         plot: Picture of loss, update norm and learning rate (`lmc log inspect`), .png, .svg or .pdf.
         resume: Continue the training run whose log is in log_dir from its last snapshot, or begin it.
@@ -302,6 +340,7 @@ class Config:
     prune: PruneConfig = field(default_factory=PruneConfig)
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    plan_unlearn: PlanUnlearnConfig = field(default_factory=PlanUnlearnConfig)
     log_dir: str = "runs/log"
     model_dir: str | None = None
     output_dir: str = "runs/unlearn"

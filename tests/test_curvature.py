@@ -255,12 +255,6 @@ def test_frozen_parameters_need_values() -> None:
         ShardedModule(skeleton, ShardLayout.of_module(skeleton))
 
 
-@pytest.mark.parametrize("mode", ["secant"])
-def test_planned_modes_say_so(mode: str) -> None:
-    with pytest.raises(LmcError, match="not available yet"):
-        HVPConfig(mode)
-
-
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(LmcError, match="unknown hessian_mode 'ggn'"):
         HVPConfig("ggn")

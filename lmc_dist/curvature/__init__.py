@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmc_dist.curvature.diagonal import estimate_diagonal, exact_diagonal, make_diagonal_product
-from lmc_dist.curvature.finite_difference import make_difference_product
+from lmc_dist.curvature.finite_difference import make_difference_product, make_secant_product
 from lmc_dist.curvature.fisher import make_fisher_product
 from lmc_dist.curvature.ggn import Product, make_ggn_product
 from lmc_dist.curvature.hessian import make_hessian_product
@@ -30,8 +30,7 @@ __all__ = [
     "low_rank_basis",
 ]
 
-MODES = ("GGN", "exact", "fd", "fisher", "diag", "low_rank", "none")
-PLANNED_MODES = ("secant",)
+MODES = ("GGN", "exact", "fd", "secant", "fisher", "diag", "low_rank", "none")
 BASES = ("GGN", "exact", "fd")  # what `low_rank` takes its eigenpairs of
 
 
@@ -40,10 +39,10 @@ class HVPConfig:
     """Which curvature, and its damping.
 
     Attributes:
-        mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `fisher` (ĝĝᵀ of the logged gradient), `diag`
-            (diagonal of the GGN), `low_rank` (largest eigenpairs of `base`) or `none` (C = 0: first-order rollback).
+        mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `secant` (∇L(θ + v) − ∇L(θ), not linear
+            in v), `fisher` (ĝĝᵀ of the logged gradient), `diag` (diagonal of the GGN), `low_rank` (largest eigenpairs of `base`) or `none` (C = 0: first-order rollback).
         damping: λ ≥ 0; the product is (C + λI) v.
-        keep_activations: `GGN`, `exact`, `fd`: keep the forward graphs and the gathered parameters instead of recomputing
+        keep_activations: `GGN`, `exact`, `fd`, `secant`: keep the forward graphs and the gathered parameters instead of recomputing
             blocks.
         probes: `diag`: GGN products behind an estimate (curvature/diagonal.py gives its standard error); 0 is the exact
             diagonal, one product a parameter.
@@ -64,8 +63,6 @@ class HVPConfig:
     refresh: int = 10
 
     def __post_init__(self) -> None:
-        if self.mode in PLANNED_MODES:
-            raise LmcError(f"hessian_mode '{self.mode}' is not available yet; available: {', '.join(MODES)}")
         if self.mode not in MODES:
             raise LmcError(f"unknown hessian_mode '{self.mode}'; available: {', '.join(MODES)}")
         if not self.damping >= 0:
@@ -76,8 +73,8 @@ class HVPConfig:
             raise LmcError(f"rank and refresh must be at least 1, got {self.rank} and {self.refresh}")
         if self.base not in BASES:
             raise LmcError(f"low_rank of '{self.base}' is not available; available: {', '.join(BASES)}")
-        if self.keep_activations and self.mode not in ("GGN", "exact", "fd"):
-            raise LmcError(f"keep_activations is an option of GGN, exact and fd, not of {self.mode}")
+        if self.keep_activations and self.mode not in ("GGN", "exact", "fd", "secant"):
+            raise LmcError(f"keep_activations is an option of GGN, exact, fd and secant, not of {self.mode}")
 
     @property
     def uses_model(self) -> bool:
@@ -105,7 +102,7 @@ def hvp_apply(
         loss: Its loss.
         theta: Where the curvature is taken.
         micro_batches: This rank's part of the batch; may be empty.
-        gradient: ĝ of the batch, for `fisher`.
+        gradient: ĝ of the batch, for `fisher`; for `secant` ∇L(θ) of the micro-batches, None computes it.
         engine: `fd` only, in place of `module`: a live training engine, which computes the gradients with its own
             kernels; v and θ are laid out like it.
         basis: `low_rank`: eigenpairs found before (`low_rank_basis`); without them every call finds its own.
@@ -159,8 +156,13 @@ def make_product(
         return low_rank_basis(config, module, loss, theta, micro_batches)
     if config.mode == "exact":
         return make_hessian_product(module, loss, theta, micro_batches, config.keep_activations)
-    keep = config.keep_activations
-    return make_difference_product(lambda at: weighted_gradient(module, loss, at, micro_batches, keep), theta)
+
+    def gradient_at(at: ShardedVector) -> ShardedVector:
+        return weighted_gradient(module, loss, at, micro_batches, config.keep_activations)
+
+    if config.mode == "secant":
+        return make_secant_product(gradient_at, theta, gradient_at(theta) if gradient is None else gradient)
+    return make_difference_product(gradient_at, theta)
 
 
 def low_rank_basis(

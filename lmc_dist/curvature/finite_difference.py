@@ -58,3 +58,13 @@ def make_difference_product(
         return results
 
     return product
+
+
+def make_secant_product(
+    gradient: Callable[[ShardedVector], ShardedVector], theta: ShardedVector, at_theta: ShardedVector
+) -> Product:
+    """[v_1 … v_m] ↦ [∇L(θ + v_i) − ∇L(θ)]: the change of the gradient itself, all orders of v. Collective if `gradient` is.
+
+    No linear map: what is computed for two vectors is not their sum's. See docs/method.md §4 for its relation to replay.
+    """
+    return lambda vectors: [gradient(theta + v) - at_theta for v in vectors]

@@ -24,6 +24,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import Correction, apply_correction, compute_correction
+from lmc_dist.unlearn.head import Length
 from lmc_dist.unlearn.request import make_request
 from lmc_dist.unlearn.results import write_results
 
@@ -40,6 +41,7 @@ def run_lmcleaner_batch_unlearning(
     dataset: SampleDataset | BatchSource,
     apply_immediately: bool = True,
     tokenizer: Any = None,
+    replay_head: Length = 0,
 ) -> Correction:
     """Removes whole batches (counterfactual `skip`: those steps do not happen). Collective.
 
@@ -49,12 +51,13 @@ def run_lmcleaner_batch_unlearning(
         training_log_dir: The trajectory log.
         forget_batch_ids: Batch ids of the log.
         K: Steps each source is propagated; None is all.
-        hessian_mode: `GGN` or `none`.
+        hessian_mode: Any of `lmc_dist.curvature.MODES`.
         damping: λ ≥ 0.
         output_dir: Where model/, correction/, audit/ and result.json go; None writes nothing.
         dataset: The training data, by sample id.
         apply_immediately: Add v to a live engine's weights.
         tokenizer: Saved with the model.
+        replay_head: Steps replayed before the recursion takes over, or `auto` (`compute_correction`).
 
     Returns:
         The correction.
@@ -64,7 +67,9 @@ def run_lmcleaner_batch_unlearning(
     """
     request = make_request(batch_ids=forget_batch_ids)
     hvp = HVPConfig(hessian_mode, damping)
-    return _run(model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer)
+    return _run(
+        model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer, replay_head
+    )
 
 
 def run_lmcleaner_sample_unlearning(
@@ -80,6 +85,7 @@ def run_lmcleaner_sample_unlearning(
     counterfactual: Kind = "renormalize",
     apply_immediately: bool = True,
     tokenizer: Any = None,
+    replay_head: Length = 0,
 ) -> Correction:
     """Removes samples wherever they occur; see `run_lmcleaner_batch_unlearning`. Collective.
 
@@ -95,10 +101,13 @@ def run_lmcleaner_sample_unlearning(
         counterfactual: `renormalize` or `zero`.
         apply_immediately: As there.
         tokenizer: As there.
+        replay_head: As there.
     """
     request = make_request(sample_ids=forget_sample_ids, kind=counterfactual)
     hvp = HVPConfig(hessian_mode, damping)
-    return _run(model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer)
+    return _run(
+        model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer, replay_head
+    )
 
 
 def _run(
@@ -111,6 +120,7 @@ def _run(
     dataset: SampleDataset | BatchSource,
     apply_immediately: bool,
     tokenizer: Any,
+    replay_head: Length,
 ) -> Correction:
     shards = engine_shards(model) if is_engine(model) else None
     device = torch.device("cpu") if shards is None else shards.device
@@ -136,7 +146,7 @@ def _run(
     frozen = read_frozen(inner, like) if is_module else None
     module = ShardedModule(skeleton, log.layout, device, frozen=frozen)
     started = time.perf_counter()
-    correction = compute_correction(log, module, batches, request, hvp, K)
+    correction = compute_correction(log, module, batches, request, hvp, K, replay_head=replay_head)
     result = {
         "status": "done",
         "rel_error": None,
@@ -147,7 +157,13 @@ def _run(
         "n_units": len(correction.audit),
         "world_size": log.layout.world_size,
         "engine": log.manifest.engine,
-        "config": {"K": K, "hessian_mode": hvp.mode, "damping": hvp.damping, "counterfactual": request.kind},
+        "config": {
+            "K": K,
+            "hessian_mode": hvp.mode,
+            "damping": hvp.damping,
+            "counterfactual": request.kind,
+            "replay_head": replay_head,
+        },
         "versions": package_versions(),
         "log_fingerprint": log.fingerprint,
     }

@@ -24,11 +24,12 @@ class AuditRecord:
         mode: `hessian_mode`, or `replay`.
         damping: λ.
         counterfactual: `skip`, `zero` or `renormalize`.
-        replay_head: Steps replayed exactly first.
+        replay_head: Steps replayed first; `all` for exact replay.
         stopped_by: `end` of the trajectory or `K`.
         seconds: Wall time.
         growth_max: Largest ‖v_{s+1}‖ / ‖v_s‖ of a step, before its own source is added.
         missed: `low_rank`: largest share of C z, z random, that a basis left out.
+        head_error: Replayed head of length `auto`: ‖difference of recursion and replay‖ / ‖v‖ when it took over.
     """
 
     unit: str
@@ -46,6 +47,7 @@ class AuditRecord:
     seconds: float
     growth_max: float | None
     missed: float | None = None
+    head_error: float | None = None
 
 
 def write_audit(folder: Path, records: Sequence[AuditRecord]) -> Path:

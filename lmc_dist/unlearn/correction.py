@@ -23,6 +23,7 @@ from lmc_dist.trajectory.kept import KeptCurvature
 from lmc_dist.trajectory.reader import ShardReader
 from lmc_dist.trajectory.record import StepRecord, Trajectory, TrajectoryManifest
 from lmc_dist.unlearn.audit import AuditRecord
+from lmc_dist.unlearn.head import Head, Length
 from lmc_dist.unlearn.kept_sweep import kept_sweep
 from lmc_dist.unlearn.optimizer_state import correct_state
 from lmc_dist.unlearn.path import logs_gradients, no_gradients, update_rule
@@ -97,6 +98,8 @@ def compute_correction(
     loss: Loss | None = None,
     progress: Callable[[int], None] = lambda step: None,
     kept: KeptCurvature | None = None,
+    replay_head: Length = 0,
+    head_tolerance: float = 0.05,
 ) -> Correction:
     """v for a request, propagated through the logged steps (docs/method.md §3). Collective.
 
@@ -112,6 +115,9 @@ def compute_correction(
         kept: `low_rank`: curvature computed before (`lmc log curvature`), in place of the model. Batches are then
             forgotten from the log alone: `module` and `batches` may be None, if the optimizer is plain SGD or the log
             keeps gradients.
+        replay_head: Steps, from the first that holds forgotten data on, that are replayed before the recursion takes
+            over; `auto` replays until the two agree.
+        head_tolerance: `auto`: relative difference at which they do.
 
     Raises:
         LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, missing steps, K < 0. During
@@ -135,6 +141,9 @@ def compute_correction(
         first = touched[0].step
         trajectory.require(first)
         check_update_rule(manifest, records, first)
+        head = Head(replay_head, head_tolerance)
+        if head.is_on and (module is None or batches is None):
+            raise LmcError(f"replay_head={replay_head} computes gradients: pass module= and batches=")
         if kept is not None:
             kept.require(first, trajectory.num_steps)
         rule = update_rule(trajectory)
@@ -142,10 +151,10 @@ def compute_correction(
             raise LmcError(no_gradients(trajectory))
     loss = loss or TokenCrossEntropy()
     is_clipped = any(r.clip_coef < 1 for r in records if r.step >= first and r.applied)
-    if kept is not None and rule.is_plain and not is_clipped:
+    if kept is not None and rule.is_plain and not is_clipped and not head.is_on:
         result = kept_sweep(trajectory, kept, module, loss, batches, counterfactual, config, K, progress)
     else:
-        result = sweep(trajectory, module, loss, batches, counterfactual, config, K, progress, kept)
+        result = sweep(trajectory, module, loss, batches, counterfactual, config, K, progress, kept, head)
     found = result.v, result.audit, result.gradients_equivalent
     return Correction(*found, state=result.state, behind=result.behind, step=result.step)
 

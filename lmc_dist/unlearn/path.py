@@ -152,7 +152,7 @@ class TrainingPath:
         stands = not self.rule.keys and not any(record.lr)  # then clipping changes nothing either
         here = Point(self.theta, record.lr, self.state, None, 1.0 if stands else record.clip_coef)
         wanted = record.applied and (bool(self.rule.keys) or needs_gradient or here.clip_coef < 1)
-        is_told = not self.rule.keys and all(record.lr)
+        is_told = self._is_told(record)
         if wanted and not is_told:
             here = replace(here, gradient=self._gradient(step, record))
         self.theta = here.theta.clone()
@@ -164,6 +164,19 @@ class TrainingPath:
             found, self.state = self.rule.apply(here)
             self._check(step, here, found, update)
         return here, update
+
+    def is_precise(self, step: int) -> bool:
+        """Whether g_s, where `step` hands it out, is that of float32 or better, as the module here computes it. Local."""
+        manifest = self.trajectory.manifest
+        if self._is_told(self.trajectory.record(step)):
+            dtype = manifest.update_dtype
+        else:
+            dtype = manifest.gradient_dtype if logs_gradients(manifest) else "float32"
+        return dtype != "bfloat16" and not trained_coarsely(manifest, step)
+
+    def _is_told(self, record: StepRecord) -> bool:
+        """Whether the update itself tells the gradient."""
+        return not self.rule.keys and all(record.lr)
 
     def _gradient(self, step: int, record: StepRecord) -> ShardedVector:
         """g_s, logged or computed."""

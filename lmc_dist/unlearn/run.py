@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmc_dist.config import Config
 from lmc_dist.console import StepProgress
@@ -28,6 +28,7 @@ from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction
+from lmc_dist.unlearn.head import check_head
 from lmc_dist.unlearn.reference import retrain
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.results import write_results
@@ -36,17 +37,58 @@ logger = logging.getLogger(__name__)
 
 EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotten ones are
 
-# What a method is called in tables, and its settings: hessian_mode and replay_head.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tim": ("first-order rollback (TIM)", {"hessian_mode": "none", "replay_head": 0, "damping": 0.0}),
-    "fisher": ("LMCleaner, fisher", {"hessian_mode": "fisher", "replay_head": 0}),
-    "diag": ("LMCleaner, diag", {"hessian_mode": "diag", "replay_head": 0}),
-    "ggn": ("LMCleaner, GGN", {"hessian_mode": "GGN", "replay_head": 0}),
-    "low_rank": ("LMCleaner, low_rank", {"hessian_mode": "low_rank", "replay_head": 0}),
-    "fd": ("LMCleaner, fd", {"hessian_mode": "fd", "replay_head": 0}),
-    "exact": ("LMCleaner, exact", {"hessian_mode": "exact", "replay_head": 0}),
-    "replay": ("exact replay", {"replay_head": "all"}),
+REPLAY = "replay"
+
+# What a hessian_mode is called in tables, and its name on the command line.
+MODES: dict[str, tuple[str, str]] = {
+    "tim": ("none", "first-order rollback (TIM)"),
+    "fisher": ("fisher", "LMCleaner, fisher"),
+    "diag": ("diag", "LMCleaner, diag"),
+    "ggn": ("GGN", "LMCleaner, GGN"),
+    "low_rank": ("low_rank", "LMCleaner, low_rank"),
+    "fd": ("fd", "LMCleaner, fd"),
+    "exact": ("exact", "LMCleaner, exact"),
+    "secant": ("secant", "LMCleaner, secant"),
 }
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to find the correction.
+
+    Attributes:
+        name: As `compare` spells it: `ggn`, `10+ggn`, `auto+ggn`, `replay`.
+        label: In tables.
+        hessian_mode: Curvature.
+        replay_head: Steps replayed first; `all` is exact replay.
+        damping: λ.
+    """
+
+    name: str
+    label: str
+    hessian_mode: str
+    replay_head: int | Literal["auto", "all"] = 0
+    damping: float = 0.0
+
+
+def parse_method(name: str, damping: float) -> Method:
+    """A method by its name. Local.
+
+    Raises:
+        LmcError: No such method.
+    """
+    if name == REPLAY:
+        return Method(name, "exact replay", "none", "all")
+    head, _, mode = name.rpartition("+")
+    if mode not in MODES or not (head in ("", "auto") or head.isdecimal()):
+        names = ", ".join([*MODES, REPLAY])
+        raise LmcError(
+            f"compare: unknown method '{name}'; available: {names}; 10+ggn or auto+ggn replays a head before the recursion"
+        )
+    hessian_mode, label = MODES[mode]
+    steps: Any = int(head) if head.isdecimal() else head or 0
+    label = f"replay {head} + {label}" if head else label
+    return Method(name, label, hessian_mode, steps, 0.0 if mode == "tim" else damping)
 
 
 @dataclass(frozen=True)
@@ -84,7 +126,7 @@ class UnlearningRun:
             )
             if not self.touched:
                 raise LmcError("no logged step that changed the weights holds any of the forgotten data")
-            replays = self.methods()[0][1]["replay_head"] == "all"
+            replays = self.methods()[0].name == REPLAY
             self.log.require(self.touched[0].step, updates=not replays)
             if not replays:
                 check_update_rule(self.log.manifest, self.log.records(), self.touched[0].step)
@@ -99,13 +141,12 @@ class UnlearningRun:
         check_replaceable(self.output_dir, "result.json", self.config.overwrite)
         if unlearn.K is not None and unlearn.K < 0:
             raise LmcError(f"unlearn.K must be ≥ 0 or null, got {unlearn.K}")
-        if unlearn.replay_head not in (0, "all"):
-            raise LmcError(f"replay_head={unlearn.replay_head} is not available yet; available: 0, all")
+        if unlearn.replay_head != "all":
+            check_head(unlearn.replay_head, unlearn.head_tolerance)
         self._hvp(unlearn.hessian_mode, unlearn.damping)
         if unlearn.curvature is not None and unlearn.hessian_mode != "low_rank":
             raise LmcError(f"unlearn.curvature is for hessian_mode low_rank, not {unlearn.hessian_mode}")
-        if unknown := [name for name in self._compared() if name not in METHODS]:
-            raise LmcError(f"compare: unknown method '{unknown[0]}'; available: {', '.join(METHODS)}")
+        self.methods()
         if self.config.reference == "retrain":
             self._check_reference()
 
@@ -133,37 +174,42 @@ class UnlearningRun:
     def _compared(self) -> list[str]:
         return [name.strip() for name in self.config.compare.split(",") if name.strip()]
 
-    def methods(self) -> list[tuple[str, dict[str, Any]]]:
+    def methods(self) -> list[Method]:
         """The configured method first, then those to compare with."""
         unlearn = self.config.unlearn
-        own = {
-            "hessian_mode": unlearn.hessian_mode,
-            "replay_head": unlearn.replay_head,
-            "damping": unlearn.damping,
-        }
-        names = {settings.get("hessian_mode"): name for name, (_, settings) in METHODS.items()}
-        name = "replay" if unlearn.replay_head == "all" else names[unlearn.hessian_mode]
-        compared = [(other, {"damping": unlearn.damping, **METHODS[other][1]}) for other in self._compared()]
-        return [(name, own), *((other, settings) for other, settings in compared if other != name)]
+        names = {mode: name for name, (mode, _) in MODES.items()}
+        own = f"{unlearn.replay_head}+" if unlearn.replay_head else ""
+        own = REPLAY if unlearn.replay_head == "all" else own + names[unlearn.hessian_mode]
+        first = replace(parse_method(own, unlearn.damping), damping=unlearn.damping)
+        compared = [parse_method(name, unlearn.damping) for name in self._compared()]
+        return [first, *(method for method in compared if method.name != own)]
 
-    def compute(self, name: str, settings: dict[str, Any], theta: ShardedVector) -> MethodResult:
+    def compute(self, method: Method, theta: ShardedVector) -> MethodResult:
         """One method's correction. Collective."""
         started = time.perf_counter()
-        label, K = METHODS[name][0], self.config.unlearn.K
-        with self._progress(name) as progress:
-            if settings.get("replay_head") == "all":
+        label, unlearn = method.label, self.config.unlearn
+        with self._progress(method.name) as progress:
+            if method.replay_head == "all":
                 correction, certificate = self._replay(theta, progress)
-                return MethodResult(name, label, correction, time.perf_counter() - started, certificate)
-            else:
-                hvp = self._hvp(settings["hessian_mode"], settings["damping"])
-                kept = self.kept if hvp.mode == "low_rank" else None
-                label += f" '{kept.name}'" if kept else ""
-                label += f", K={'all' if K is None else K}" if name != "tim" or K is not None else ""
-                label += f", λ={hvp.damping:g}" if hvp.damping else ""
-                correction = compute_correction(
-                    self.log, self.module, self.batches, self.request, hvp, K, progress=progress, kept=kept
-                )
-        return MethodResult(name, label, correction, time.perf_counter() - started)
+                return MethodResult(method.name, label, correction, time.perf_counter() - started, certificate)
+            hvp, K = self._hvp(method.hessian_mode, method.damping), unlearn.K
+            kept = self.kept if hvp.mode == "low_rank" else None
+            label += f" '{kept.name}'" if kept else ""
+            label += f", K={'all' if K is None else K}" if method.hessian_mode != "none" or K is not None else ""
+            label += f", λ={hvp.damping:g}" if hvp.damping else ""
+            correction = compute_correction(
+                self.log,
+                self.module,
+                self.batches,
+                self.request,
+                hvp,
+                K,
+                progress=progress,
+                kept=kept,
+                replay_head=method.replay_head,
+                head_tolerance=unlearn.head_tolerance,
+            )
+        return MethodResult(method.name, label, correction, time.perf_counter() - started)
 
     def _replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> tuple[Correction, dict[str, Any]]:
         """The correction by replay, and how far it was certified by checksums on the way."""
@@ -230,20 +276,20 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
     tau = run.log.num_steps
     theta = run.log.theta(tau)
     with promoted(run.output_dir) as part:
-        (name, settings), *others = run.methods()
-        main = run.compute(name, settings, theta)
+        first, *others = run.methods()
+        main = run.compute(first, theta)
         results = [main]
-        for other, other_settings in others:
+        for other in others:
             try:
-                results.append(run.compute(other, other_settings, theta))
+                results.append(run.compute(other, theta))
             except LmcError as error:  # the same on all ranks; it must not cost the main result
-                logger.warning("%s is left out of the comparison: %s", METHODS[other][0], error)
+                logger.warning("%s is left out of the comparison: %s", other.label, error)
         reference, retrain_seconds = None, None
         if config.reference == "retrain":
             reference, retrain_seconds = retrain(run, part / "reference")
         elif config.reference == "replay":
-            found = next((r for r in results if r.name == "replay"), None)
-            replayed = found or run.compute("replay", METHODS["replay"][1], theta)
+            found = next((r for r in results if r.name == REPLAY), None)
+            replayed = found or run.compute(parse_method(REPLAY, 0.0), theta)
             reference, retrain_seconds = replayed.correction.corrected(theta), replayed.seconds
         rows = table(run, theta, results, reference, retrain_seconds)
         result = {
@@ -296,8 +342,12 @@ def table(
             "seconds": seconds,
         }
 
+    def _order(result: MethodResult) -> tuple[bool, int, int]:
+        head, _, mode = result.name.rpartition("+")
+        return result.name == REPLAY, 0 if mode == REPLAY else list(MODES).index(mode), len(head)
+
     rows = [row("do_nothing", "do nothing", theta, 0.0, 0.0)]
-    for r in sorted(results, key=lambda r: list(METHODS).index(r.name)):
+    for r in sorted(results, key=_order):
         rows.append(row(r.name, r.label, r.correction.corrected(theta), r.correction.gradients_equivalent, r.seconds))
     if run.config.reference == "retrain" and reference is not None:
         steps = sum(record.applied for record in run.log.records())

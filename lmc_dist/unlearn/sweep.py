@@ -6,6 +6,8 @@
 With K = null all sources enter one joint vector, whatever their number. A finite K truncates each source on its own, so
 each step with a source opens a window of K steps; the windows' end values add up, since the recursion is linear.
 
+The first steps can be replayed instead (unlearn/head.py).
+
 Skipped steps leave the counterfactual optimizer's counter behind the actual one. All later steps are linearised with its
 counter, and the finite difference between Φ with the one counter and with the other is a source of its own.
 """
@@ -17,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lmc_dist.curvature import HVPConfig, Loss, LowRank, MicroBatch, hvp_apply, low_rank_basis
+from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
@@ -25,6 +28,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_
 from lmc_dist.trajectory.kept import KeptCurvature
 from lmc_dist.trajectory.record import Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
+from lmc_dist.unlearn.head import Head
 from lmc_dist.unlearn.path import TrainingPath
 from lmc_dist.unlearn.plan import gradients_per_basis, gradients_per_step
 from lmc_dist.unlearn.source import micro_batches, share, source
@@ -63,6 +67,7 @@ def sweep(
     K: int | None = None,
     progress: Callable[[int], None] = lambda step: None,
     kept: KeptCurvature | None = None,
+    head: Head | None = None,
 ) -> SweepResult:
     """Propagates the sources of a request to the end of the trajectory. Collective.
 
@@ -77,11 +82,12 @@ def sweep(
         K: Steps each source is propagated; None is all.
         progress: Called with each step done, from the first that holds forgotten data.
         kept: Curvature computed before, in place of the model's.
+        head: Steps to replay first; None is none.
 
     Raises:
         LmcError: Nothing to forget in the log, divergence, damaged log, an update rule that the log does not follow.
     """
-    return _Sweep(trajectory, module, loss, batches, counterfactual, config, K, kept).run(progress)
+    return _Sweep(trajectory, module, loss, batches, counterfactual, config, K, kept, head).run(progress)
 
 
 class _Sweep:
@@ -97,9 +103,11 @@ class _Sweep:
         config: HVPConfig,
         K: int | None,
         kept: KeptCurvature | None,
+        head: Head | None,
     ) -> None:
         self.trajectory, self.module, self.loss, self.batches = trajectory, module, loss, batches
         self.counterfactual, self.config, self.K, self.kept = counterfactual, config, K, kept
+        self.head = head or Head(0, 0.05)
         self.path = TrainingPath(trajectory, module, loss, batches)
         self.rule = self.path.rule
         self.guard = GrowthGuard(self.rule)
@@ -138,21 +146,16 @@ class _Sweep:
         edited = edit_step(record, self.counterfactual, normalization, counts)  # type: ignore[arg-type]
         active = [window for window in self.windows if step <= window.last_step]
         is_taken = record.applied and not edited.skipped
-        here, update = self.path.step(step, self.config.mode == "fisher" and is_taken and bool(active))
-        b = None
-        if is_taken:
-            behind = sum(window.behind for window in active)
-            if edited.is_changed:
-                b = self._source(edited, here)
-            self._propagate(step, here, edited, active)
-        self.guard.measure(self.windows, step)
-        if b is not None:
-            (injected,) = self.rule.tangents(here, [(self.rule.no_deviation(b), b)], behind)
-            self._add(step, here, injected, b)
-        elif record.applied and edited.skipped:
-            after = self.path.state.vectors
-            state = {key: (after[key] - vector).scale_(-1.0) for key, vector in here.state.vectors.items()}
-            self._add(step, here, Deviation(update * -1.0, state), None)
+        is_asked = self.head.is_on or self.config.mode in ("fisher", "secant")
+        here, update = self.path.step(step, is_asked and is_taken)
+        b = self._source(edited, here) if is_taken and edited.is_changed else None
+        if self.head.is_on:
+            self._replay(step, here, edited, update, b)
+        else:
+            injected = self._linear(step, here, edited, update, active, b)
+            self.guard.measure(self.windows, step)
+            if injected is not None:
+                self._add(step, here, injected, b)
         self._retire(step)
 
     def _source(self, edited: EditedStep, here: Point) -> ShardedVector:
@@ -160,11 +163,97 @@ class _Sweep:
         self.cost += share(edited, "source")
         return source(edited, here.theta, self.batches, self.module, self.loss)
 
-    def _propagate(self, step: int, here: Point, edited: EditedStep, active: list[Window]) -> None:
+    def _linear(
+        self,
+        step: int,
+        here: Point,
+        edited: EditedStep,
+        update: ShardedVector,
+        windows: list[Window],
+        b: ShardedVector | None,
+    ) -> Deviation | None:
+        """Carries windows through the step by its tangent; returns what its source adds."""
+        if edited.record.applied and edited.skipped:
+            return self._taken_back(here, update)
+        if not edited.record.applied:
+            return None
+        behind = sum(window.behind for window in windows)
+        self._propagate(step, here, edited, windows, b)
+        if b is None:
+            return None
+        return self.rule.tangents(here, [(self.rule.no_deviation(b), b)], behind)[0]
+
+    def _taken_back(self, here: Point, update: ShardedVector) -> Deviation:
+        """What it adds that the counterfactual run skips a step that was taken."""
+        after = self.path.state.vectors
+        state = {key: (after[key] - vector).scale_(-1.0) for key, vector in here.state.vectors.items()}
+        return Deviation(update * -1.0, state)
+
+    def _replay(
+        self, step: int, here: Point, edited: EditedStep, update: ShardedVector, b: ShardedVector | None
+    ) -> None:
+        """A step of the head: the joint window takes it as it is, and the trial, if there is one, by its tangent."""
+        is_skipped = edited.record.applied and edited.skipped
+        trial, hvp_calls = self.head.trial, 0
+        if trial is not None:
+            injected = self._linear(step, here, edited, update, [trial], b)
+            if injected is not None:
+                trial.at.add_(injected)
+                trial.behind += is_skipped
+            hvp_calls, trial.hvp_calls = trial.hvp_calls, 0
+        if not self.windows:
+            nothing = self.rule.no_deviation(here.theta)
+            unit = "joint" if self.K is None else f"head-{step}"
+            self.windows.append(Window(unit, step, self.trajectory.num_steps - 1, nothing, 0.0, 0.0, last_source=step))
+        (joint,) = self.windows
+        joint.hvp_calls += hvp_calls
+        if is_skipped or b is not None:
+            self.guard.enter(self._reach(here, b))
+            joint.last_source = step
+        if is_skipped:
+            joint.at.add_(self._taken_back(here, update))
+            joint.behind += 1
+        elif edited.record.applied:
+            joint.at = self.rule.difference(here, joint.at, self._change(step, here, edited, joint, b), joint.behind)
+            joint.steps += step > joint.tz
+        self.guard.measure(self.windows, step)
+        if step == joint.tz:
+            joint.v0_norm = joint.norm
+        self.head.advance(joint)
+        if not self.head.is_on and self.K is not None:
+            assert joint.last_source is not None
+            joint.last_step = min(max(joint.last_source + self.K, step), joint.last_step)
+
+    def _change(
+        self, step: int, here: Point, edited: EditedStep, joint: Window, b: ShardedVector | None
+    ) -> ShardedVector:
+        """∇L_s(θ_s + v_s; w') − ∇L_s(θ_s; w) of a step that is replayed."""
+        if step == joint.tz and b is not None:
+            return b  # v = 0
+        assert self.module is not None and self.batches is not None
+        micros = micro_batches(edited, self.batches, self.module, "kept")
+        self.cost += share(edited, "kept")
+        changed = weighted_gradient(self.module, self.loss, here.theta + joint.at.v, micros)
+        changed = changed - self._gradient(step, here, edited, b)
+        return changed if b is None else changed.add_(b)
+
+    def _gradient(self, step: int, here: Point, edited: EditedStep, b: ShardedVector | None) -> ShardedVector:
+        """∇L_s(θ_s; w'), as the module here computes it: of the logged one where training did so as well."""
+        if self.path.is_precise(step):
+            assert here.gradient is not None
+            return here.gradient if b is None else here.gradient + b
+        assert self.module is not None and self.batches is not None
+        self.cost += share(edited, "kept")
+        micros = micro_batches(edited, self.batches, self.module, "kept")
+        return weighted_gradient(self.module, self.loss, here.theta, micros)
+
+    def _propagate(
+        self, step: int, here: Point, edited: EditedStep, active: list[Window], b: ShardedVector | None
+    ) -> None:
         """Carries the windows through a step that the counterfactual run takes as well."""
         if not active:
             return
-        products = self._products(step, here, edited, active)
+        products = self._products(step, here, edited, active, b)
         along = [(window.at, dg) for window, dg in zip(active, products, strict=True)]
         moved = self.rule.tangents(here, along, sum(window.behind for window in active))
         behind = 0
@@ -177,7 +266,9 @@ class _Sweep:
                 window.at.add_(gap)
                 self.guard.enter(gap.v.norm())
 
-    def _products(self, step: int, here: Point, edited: EditedStep, active: list[Window]) -> list[ShardedVector]:
+    def _products(
+        self, step: int, here: Point, edited: EditedStep, active: list[Window], b: ShardedVector | None
+    ) -> list[ShardedVector]:
         """(C_s + λI) v of each window."""
         config, vectors = self.config, [window.at.v for window in active]
         if self.kept is not None:
@@ -186,6 +277,8 @@ class _Sweep:
         assert self.module is not None and self.batches is not None
         micros = micro_batches(edited, self.batches, self.module, "kept") if config.uses_model else []
         gradient = here.gradient if config.mode == "fisher" else None
+        if config.mode == "secant":
+            gradient = self._gradient(step, here, edited, b)
         basis = self._basis(step, here.theta, micros, share(edited, "kept")) if config.mode == "low_rank" else None
         for window in active:
             window.hvp_calls += config.mode not in ("none", "low_rank")
@@ -256,11 +349,12 @@ class _Sweep:
             mode=self.config.mode if self.kept is None else f"low_rank:{self.kept.name}",
             damping=self.config.damping,
             counterfactual=self.counterfactual.kind,
-            replay_head=0,
+            replay_head=self.head.steps if window.last_source is not None else 0,
             stopped_by="K" if window.last_step < tau - 1 else "end",
             seconds=time.perf_counter() - self.started,
             growth_max=window.growth_max,
             missed=self.missed,
+            head_error=self.head.error if window.last_source is not None else None,
         )
 
 

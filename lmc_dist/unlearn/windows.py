@@ -35,6 +35,10 @@ class Window:
         v0_norm: ‖v‖ right after the first source.
         norm: ‖v‖.
         behind: Skipped steps among its sources, by which its optimizer's counter lags behind.
+        last_source: Step of its last source, if its first steps were replayed.
+        steps: Steps that it was propagated through.
+        hvp_calls: Curvature products it took.
+        growth_max: Largest growth of ‖v‖ in a step.
         recent: Growth of ‖v‖ in the last steps.
     """
 
@@ -45,6 +49,7 @@ class Window:
     v0_norm: float
     norm: float
     behind: int = 0
+    last_source: int | None = None
     steps: int = 0
     hvp_calls: int = 0
     growth_max: float | None = None

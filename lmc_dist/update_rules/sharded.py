@@ -15,8 +15,8 @@ from torch.func import jvp
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector, dots
-from lmc_dist.update_rules.clipping import coefficient_tangent
-from lmc_dist.update_rules.rules import SGD, Rule
+from lmc_dist.update_rules.clipping import coefficient_at, coefficient_tangent
+from lmc_dist.update_rules.rules import SECOND_MOMENTS, SGD, Rule
 from lmc_dist.update_rules.settings import group_rules
 
 _CHUNK = 1 << 18  # elements
@@ -200,6 +200,33 @@ class UpdateRule:
             for i, found in zip((0, *(kinds[key] for key in keys)), jvp(advance, primals, tangents)[1], strict=True):
                 out[i].flat[part] = found
         return Deviation(out[0], dict(zip(along.state, out[1:], strict=True)))
+
+    def difference(self, at: Point, along: Deviation, dg: ShardedVector, behind: int = 0) -> Deviation:
+        """Φ at (θ + v, σ + dσ, g + dg), its counter `behind` steps back, minus Φ at (θ, σ, g): no tangent, the step itself.
+
+        Collective where gradients are clipped, else local. In float64, since both are large beside their difference.
+        """
+        if at.gradient is None:
+            raise LmcError("a step needs its gradient")
+        coefficient = 1.0
+        if self.max_grad_norm:
+            gg, gd, dd = dots([(at.gradient, at.gradient), (at.gradient, dg), (dg, dg)])
+            coefficient = coefficient_at(max(gg + 2 * gd + dd, 0.0), self.max_grad_norm)
+        moved = self.no_deviation(along.v)
+        for part, rule, group in self._chunks():
+            theta, grad = at.theta.flat[part].double(), at.gradient.flat[part].double()
+            state = {key: at.state.vectors[key].flat[part].double() for key in rule.keys}
+            other = {key: state[key] + along.state[key].flat[part] for key in rule.keys}
+            for key in SECOND_MOMENTS:  # a difference of two roundings may fall below zero
+                if key in other:
+                    other[key].clamp_(min=0.0)
+            lr, step = at.lrs[group], at.state.step
+            was = rule(theta, grad * at.clip_coef, state, step, lr)
+            now = rule(theta + along.v.flat[part], (grad + dg.flat[part]) * coefficient, other, step - behind, lr)
+            moved.v.flat[part] = (now[0] - was[0]).to(moved.v.flat.dtype)
+            for key in rule.keys:
+                moved.state[key].flat[part] = (now[1][key] - was[1][key]).to(moved.v.flat.dtype)
+        return moved
 
     def clock_gap(self, at: Point, behind: int, before: int = 0) -> Deviation | None:
         """Φ with its counter `behind` steps back minus Φ with it `before` steps back; None where they agree. Local.
