@@ -17,6 +17,7 @@ from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.codec import Compression
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import read_json, write_json, write_shard_file
 from lmc_dist.trajectory.kept import KeptCurvature
@@ -28,7 +29,7 @@ from lmc_dist.unlearn.kept_sweep import kept_sweep
 from lmc_dist.unlearn.optimizer_state import correct_state
 from lmc_dist.unlearn.path import logs_gradients, no_gradients, update_rule
 from lmc_dist.unlearn.request import check_request
-from lmc_dist.unlearn.sweep import sweep
+from lmc_dist.unlearn.sweep import Problem, sweep
 from lmc_dist.update_rules import check_supported
 
 DESCRIPTION = "correction.json"
@@ -60,12 +61,12 @@ class Correction:
         """θ̂ = θ + v."""
         return theta + self.v if self.theta_hat is None else self.theta_hat
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, compression: Compression = "none") -> None:
         """Writes this rank's shards; readable at any world size. Every rank calls."""
         folder, layout = Path(folder), self.v.layout
-        write_shard_file(folder, layout, dict(self.v.items()), {"kind": "correction"})
+        write_shard_file(folder, layout, dict(self.v.items()), {"kind": "correction"}, "", compression)
         for key, vector in self.state.items():
-            write_shard_file(folder, layout, dict(vector.items()), {"kind": key}, kind=key)
+            write_shard_file(folder, layout, dict(vector.items()), {"kind": key}, key, compression)
         if layout.rank == 0:
             known = {"partition": layout.rule, "state": list(self.state), "behind": self.behind, "step": self.step}
             write_json(folder / DESCRIPTION, known)
@@ -154,7 +155,8 @@ def compute_correction(
     if kept is not None and rule.is_plain and not is_clipped and not head.is_on:
         result = kept_sweep(trajectory, kept, module, loss, batches, counterfactual, config, K, progress)
     else:
-        result = sweep(trajectory, module, loss, batches, counterfactual, config, K, progress, kept, head)
+        problem = Problem(trajectory, module, loss, batches, counterfactual, config, K, kept)
+        result = sweep(problem, head, progress)
     found = result.v, result.audit, result.gradients_equivalent
     return Correction(*found, state=result.state, behind=result.behind, step=result.step)
 

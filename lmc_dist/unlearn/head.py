@@ -11,9 +11,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.counterfactual import EditedStep
+from lmc_dist.unlearn.path import TrainingPath
+from lmc_dist.unlearn.source import micro_batches, share
 from lmc_dist.unlearn.windows import Window
-from lmc_dist.update_rules import Deviation
+from lmc_dist.update_rules import Deviation, Point
 
 Length = int | Literal["auto"]
 
@@ -70,8 +75,40 @@ class Head:
             if self.error <= self.tolerance:
                 self.is_on = self.age < TRIAL_STEPS
                 return
-        vectors = {key: vector.clone() for key, vector in joint.at.state.items()}
-        self.trial = Window(
-            "trial", joint.tz, joint.last_step, Deviation(joint.at.v.clone(), vectors), 0.0, joint.norm, joint.behind
-        )
+        state = {key: vector.clone() for key, vector in joint.at.state.items()}
+        at, skipped = Deviation(joint.at.v.clone(), state), list(joint.skipped)
+        self.trial = Window("trial", joint.owner, joint.tz, joint.last_step, at, 0.0, joint.norm, skipped=skipped)
         self.age = 0
+
+
+def gradient_change(
+    path: TrainingPath, step: int, here: Point, edited: EditedStep, v: ShardedVector, b: ShardedVector | None
+) -> ShardedVector:
+    """∇L_s(θ_s + v; w'_s) − ∇L_s(θ_s; w_s) of a step that was taken and is not skipped. Collective.
+
+    Args:
+        path: Stands behind the step.
+        step: The step.
+        here: Where it was taken from.
+        edited: The step as the counterfactual has it.
+        v: Deviation of θ.
+        b: The step's source.
+    """
+    changed = _gradient_at(path, edited, here.theta + v) - kept_gradient(path, step, here, edited, b)
+    return changed if b is None else changed.add_(b)
+
+
+def kept_gradient(
+    path: TrainingPath, step: int, here: Point, edited: EditedStep, b: ShardedVector | None
+) -> ShardedVector:
+    """∇L_s(θ_s; w'_s) as the module here computes it: from the run's own where that was computed so as well. Collective."""
+    if path.is_precise(step):
+        assert here.gradient is not None
+        return here.gradient if b is None else here.gradient + b
+    return _gradient_at(path, edited, here.theta)
+
+
+def _gradient_at(path: TrainingPath, edited: EditedStep, theta: ShardedVector) -> ShardedVector:
+    assert path.module is not None and path.batches is not None
+    path.cost += share(edited, "kept")
+    return weighted_gradient(path.module, path.loss, theta, micro_batches(edited, path.batches, path.module, "kept"))

@@ -119,6 +119,10 @@ class TrainingPath:
         self.theta = vectors["theta"]
         self.state = self._initial(step, vectors, scalars)
 
+    def stand(self, step: int, state: State) -> None:
+        """Stands before a step at a state that was kept when it was there before. Collective."""
+        self.theta, self.state = self.trajectory.theta(step), state
+
     def _initial(self, step: int, vectors: dict[str, ShardedVector], scalars: dict[str, float]) -> State:
         keys = self.rule.keys
         found = {key: vectors[key] for key in keys if key in vectors}

@@ -1,7 +1,9 @@
-"""Where a correction starts: b_s = ∇L_s(θ_s; w'_s) − ∇L_s(θ_s; w_s) (docs/method.md §3)."""
+"""Where a correction starts: b_s = ∇L_s(θ_s; w'_s) − ∇L_s(θ_s; w_s), or a unit's share of it (docs/method.md §3)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +14,8 @@ from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import EditedStep
+from lmc_dist.trajectory.record import Trajectory
+from lmc_dist.unlearn.units import Unit, kept_gain, own_loss, step_shares
 
 
 def micro_batches(
@@ -60,3 +64,92 @@ def share(edited: EditedStep, weights: Literal["kept", "source"]) -> float:
         for c in (m.weights if weights == "kept" else m.source_weights)
     ]
     return sum(chosen) / max(len(chosen), 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a step brings to a unit.
+
+    Attributes:
+        unit: Its name.
+        vector: Its share of b_s; None where the step is not taken.
+        part: Its share of such a step.
+        counts: Whether that step counts as its own; one unit answers for the optimizer's counter.
+    """
+
+    unit: str
+    vector: ShardedVector | None
+    part: float = 1.0
+    counts: bool = False
+
+
+class Sources:
+    """The sources of some units along a trajectory.
+
+    Args:
+        units: Whose.
+        trajectory: The logged run.
+        module: The model on shards; None where only whole steps are forgotten.
+        loss: Its loss.
+        batches: Samples by id; None as `module`.
+
+    Attributes:
+        steps: Steps that have one, ascending.
+        last: The last of each unit that has any.
+        cost: Gradients of a whole batch computed so far.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        trajectory: Trajectory,
+        module: ShardedModule | None,
+        loss: Loss,
+        batches: BatchSource | None,
+    ) -> None:
+        self.units, self.trajectory, self.module, self.loss, self.batches = units, trajectory, module, loss, batches
+        self.cost = 0.0
+        self.steps: list[int] = []
+        self.last: dict[str, int] = {}
+        self._at: dict[int, list[Unit]] = {}
+        by_sample = {i: k for k, unit in enumerate(units) for i in unit.sample_ids}
+        by_batch = {i: k for k, unit in enumerate(units) for i in unit.batch_ids}
+        for step in range(trajectory.first_step, trajectory.num_steps):
+            record = trajectory.record(step)
+            if not record.applied:
+                continue
+            found = {by_sample[i] for i in record.sample_ids if i in by_sample}
+            found |= {by_batch[i] for i in [record.batch_id] if i in by_batch}
+            if found:
+                self._at[step] = [units[k] for k in sorted(found)]
+                self.steps.append(step)
+                self.last |= {units[k].name: step for k in found}
+
+    def at(self, edited: EditedStep, theta: ShardedVector) -> list[Source]:
+        """Those of a step. Collective."""
+        units = self._at.get(edited.record.step, [])
+        if not units:
+            return []
+        counts = None if self.batches is None else self.batches.num_targets
+        normalization = self.trajectory.manifest.loss_normalization
+        shares = step_shares(edited, units, normalization, counts)  # type: ignore[arg-type]
+        if edited.skipped:
+            first = self._owner(edited, shares[0].unit)
+            return [Source(s.unit.name, None, s.of_kept, s.unit.name == first) for s in shares]
+        is_shared = len(shares) > 1 and normalization == "global_token_mean"
+        if not is_shared:
+            return [Source(s.unit.name, self._gradient(s.edited, theta)) for s in shares if s.edited is not None]
+        gain = self._gradient(kept_gain(edited), theta)  # one gradient for all of them
+        return [Source(s.unit.name, self._gradient(own_loss(s), theta).add_(gain, alpha=s.of_kept)) for s in shares]
+
+    def _owner(self, edited: EditedStep, first: Unit) -> str | None:
+        """The unit that answers for a step that is not taken: that of its first sample, wherever that unit is swept."""
+        if edited.record.batch_id in first.batch_ids:
+            return first.name
+        sample = edited.record.sample_ids[0]
+        return next((unit.name for unit in self.units if sample in unit.sample_ids), None)
+
+    def _gradient(self, edited: EditedStep, theta: ShardedVector) -> ShardedVector:
+        assert self.module is not None and self.batches is not None
+        self.cost += share(edited, "source")
+        return source(edited, theta, self.batches, self.module, self.loss)

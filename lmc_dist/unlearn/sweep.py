@@ -3,10 +3,10 @@
     dg_s = (C_s + λI) v_s + b_s
     (v_{s+1}, dσ_{s+1}) = JVP of Φ_s at (θ_s, σ_s, g_s) along (v_s, dσ_s, dg_s),   or less what the step did if it is skipped
 
-With K = null all sources enter one joint vector, whatever their number. A finite K truncates each source on its own, so
-each step with a source opens a window of K steps; the windows' end values add up, since the recursion is linear.
-
-The first steps can be replayed instead (unlearn/head.py).
+A sweep carries several units at once, each in a vector of its own; a request that is not split is one unit. With
+K = null all sources of a unit enter one vector. A finite K truncates each source on its own, so each step with a source
+opens a window of K steps; the windows' end values add up, since the recursion is linear. The first steps of a request
+that is not split can be replayed instead (unlearn/head.py).
 
 Skipped steps leave the counterfactual optimizer's counter behind the actual one. All later steps are linearised with its
 counter, and the finite difference between Φ with the one counter and with the other is a source of its own.
@@ -15,11 +15,10 @@ counter, and the finite difference between Φ with the one counter and with the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lmc_dist.curvature import HVPConfig, Loss, LowRank, MicroBatch, hvp_apply, low_rank_basis
-from lmc_dist.curvature.products import weighted_gradient
+from lmc_dist.curvature import HVPConfig, Loss
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
@@ -28,50 +27,21 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_
 from lmc_dist.trajectory.kept import KeptCurvature
 from lmc_dist.trajectory.record import Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
-from lmc_dist.unlearn.head import Head
+from lmc_dist.unlearn.head import Head, gradient_change, kept_gradient
+from lmc_dist.unlearn.marks import Mark, Marks
 from lmc_dist.unlearn.path import TrainingPath
-from lmc_dist.unlearn.plan import gradients_per_basis, gradients_per_step
-from lmc_dist.unlearn.source import micro_batches, share, source
+from lmc_dist.unlearn.source import Source, Sources
+from lmc_dist.unlearn.step_products import StepProducts
+from lmc_dist.unlearn.units import JOINT, Unit, joint_unit
 from lmc_dist.unlearn.windows import GrowthGuard, Window
 from lmc_dist.update_rules import Deviation, Point
 
 
 @dataclass(frozen=True)
-class SweepResult:
-    """What a sweep found.
+class Problem:
+    """What a correction is computed from.
 
     Attributes:
-        v: θ̂_τ − θ_τ.
-        audit: One record a unit.
-        gradients_equivalent: Cost in gradients of a whole batch.
-        state: dσ_τ by kind, of the windows that ran to the end; a window that was cut off keeps the actual state.
-        behind: Steps by which their optimizer's counter lags behind the actual one.
-        step: The actual counter at the end.
-    """
-
-    v: ShardedVector
-    audit: tuple[AuditRecord, ...]
-    gradients_equivalent: float
-    state: Mapping[str, ShardedVector] = field(default_factory=dict)
-    behind: int = 0
-    step: int = 0
-
-
-def sweep(
-    trajectory: Trajectory,
-    module: ShardedModule | None,
-    loss: Loss,
-    batches: BatchSource | None,
-    counterfactual: Counterfactual,
-    config: HVPConfig,
-    K: int | None = None,
-    progress: Callable[[int], None] = lambda step: None,
-    kept: KeptCurvature | None = None,
-    head: Head | None = None,
-) -> SweepResult:
-    """Propagates the sources of a request to the end of the trajectory. Collective.
-
-    Args:
         trajectory: The logged run.
         module: The model on shards, laid out like the trajectory. None with `kept`, where the log keeps gradients and
             whole batches are forgotten.
@@ -80,292 +50,385 @@ def sweep(
         counterfactual: What "without the data" means.
         config: Curvature and damping.
         K: Steps each source is propagated; None is all.
-        progress: Called with each step done, from the first that holds forgotten data.
         kept: Curvature computed before, in place of the model's.
+        tol: A unit stops once what it would still move, by its pace over the last steps, is below this share of ‖v‖.
+        block: Vectors that share a curvature product; None is all that are under way.
+    """
+
+    trajectory: Trajectory
+    module: ShardedModule | None
+    loss: Loss
+    batches: BatchSource | None
+    counterfactual: Counterfactual
+    config: HVPConfig
+    K: int | None = None
+    kept: KeptCurvature | None = None
+    tol: float | None = None
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found for a unit.
+
+    Attributes:
+        v: θ̂_τ − θ_τ.
+        audit: One record, or one for each window where K truncates.
+        gradients_equivalent: Cost in gradients of a whole batch, of all units of the sweep up to here.
+        state: dσ_τ by kind, of the windows that ran to the end; a window that was cut off keeps the actual state.
+        behind: Steps by which their optimizer's counter lags behind the actual one.
+        step: The actual counter at the end.
+        unit: Whose.
+    """
+
+    v: ShardedVector
+    audit: tuple[AuditRecord, ...]
+    gradients_equivalent: float
+    state: Mapping[str, ShardedVector] = field(default_factory=dict)
+    behind: int = 0
+    step: int = 0
+    unit: str = JOINT
+
+
+def sweep(
+    problem: Problem, head: Head | None = None, progress: Callable[[int], None] = lambda step: None
+) -> SweepResult:
+    """Propagates the sources of a whole request to the end of the trajectory. Collective.
+
+    Args:
+        problem: What to correct, and how.
         head: Steps to replay first; None is none.
+        progress: Called with each step done, from the first that holds forgotten data.
 
     Raises:
         LmcError: Nothing to forget in the log, divergence, damaged log, an update rule that the log does not follow.
     """
-    return _Sweep(trajectory, module, loss, batches, counterfactual, config, K, kept, head).run(progress)
+    results: list[SweepResult] = []
+    Sweep(problem, [joint_unit(problem.counterfactual)], head).run(results.append, progress)
+    return results[0]
 
 
-class _Sweep:
-    total: Deviation
+@dataclass
+class _Sum:
+    """What a unit's windows that are through have found."""
+
+    v: ShardedVector | None = None
+    state: dict[str, ShardedVector] = field(default_factory=dict)
+    behind: int = 0
+    audit: list[AuditRecord] = field(default_factory=list)
+
+
+class Sweep:
+    """Units on their way along the trajectory.
+
+    Args:
+        problem: What to correct, and how.
+        units: Those of this sweep, each with a source in the log.
+        head: Steps to replay first, for a single unit that is the whole request.
+        marks: Where its state is kept from time to time, to go on from after an interruption.
+
+    Attributes:
+        windows: Vectors under way.
+        left: Units that are not through.
+        cost: Gradients of a whole batch computed so far.
+
+    Raises:
+        LmcError: Nothing to forget in the log.
+    """
 
     def __init__(
-        self,
-        trajectory: Trajectory,
-        module: ShardedModule | None,
-        loss: Loss,
-        batches: BatchSource | None,
-        counterfactual: Counterfactual,
-        config: HVPConfig,
-        K: int | None,
-        kept: KeptCurvature | None,
-        head: Head | None,
+        self, problem: Problem, units: Sequence[Unit], head: Head | None = None, marks: Marks | None = None
     ) -> None:
-        self.trajectory, self.module, self.loss, self.batches = trajectory, module, loss, batches
-        self.counterfactual, self.config, self.K, self.kept = counterfactual, config, K, kept
-        self.head = head or Head(0, 0.05)
-        self.path = TrainingPath(trajectory, module, loss, batches)
+        self.problem, self.head, self.marks = problem, head or Head(0, 0.05), marks
+        self.trajectory, self.K, self.tau = problem.trajectory, problem.K, problem.trajectory.num_steps
+        self.path = TrainingPath(self.trajectory, problem.module, problem.loss, problem.batches)
+        self.products = StepProducts(
+            problem.config, problem.module, problem.loss, problem.batches, problem.kept, problem.block
+        )
+        self.sources = Sources(units, self.trajectory, problem.module, problem.loss, problem.batches)
         self.rule = self.path.rule
-        self.guard = GrowthGuard(self.rule)
+        self.guard = GrowthGuard(self.rule, problem.tol)
         self.windows: list[Window] = []
-        self.done: list[AuditRecord] = []
-        self.behind = 0
-        self.basis: LowRank | None = None
-        self.basis_step = 0
-        self.missed = None if kept is None else max(window.curvature.missed for window in kept.windows)
-        self.cost = 0.0
+        self.sums: dict[str, _Sum] = {}
+        self.left = dict(self.sources.last)  # by unit: its last step with a source
+        if not self.left:
+            raise LmcError("no logged step holds any of the forgotten data: there is nothing to correct")
+        # Steps that the counterfactual run skips, each with the last step that it is felt in. All units count them, also
+        # those that are not theirs: they share one propagator.
+        self.felt_until = {
+            record.step: self._last(record.step)
+            for record in self.trajectory.records()
+            if record.applied and problem.counterfactual.touches(record) and self._edited(record.step).skipped
+        }
         self.started = time.perf_counter()
+        self._earlier_cost = 0.0
 
-    def run(self, progress: Callable[[int], None]) -> SweepResult:
-        trajectory, path, tau = self.trajectory, self.path, self.trajectory.num_steps
-        first = first_touched(trajectory, self.counterfactual)
-        rates = [trajectory.record(step).lr for step in range(first, tau)]
+    @property
+    def cost(self) -> float:
+        return self._earlier_cost + self.path.cost + self.products.cost + self.sources.cost
+
+    def run(self, finished: Callable[[SweepResult], None], progress: Callable[[int], None] = lambda step: None) -> None:
+        """Goes to the end, or until all units are through. Collective.
+
+        Args:
+            finished: Takes each unit's result as soon as there is one.
+            progress: Called with each step done, from the first that holds data of these units.
+
+        Raises:
+            LmcError: Divergence, damaged log, an update rule that the log does not follow.
+        """
+        first, touched = self.sources.steps[0], set(self.sources.steps)
+        rates = [self.trajectory.record(step).lr for step in range(first, self.tau)]
         self.peak = tuple(max(rate) for rate in zip(*rates, strict=True))
-        start = path.start(first)
-        path.seek(start)
-        self.total = self.rule.no_deviation(path.theta)
-        with trajectory.read_ahead(start, tau):
-            for step in range(start, first):
-                path.step(step)
-            for step in range(first, tau):
-                self._step(step)
-                progress(step)
-        self.guard.warn(max((a.growth_max or 0.0 for a in self.done), default=0.0))
-        cost, total = self.cost + path.cost, self.total
-        return SweepResult(total.v, tuple(self.done), cost, total.state, self.behind, path.state.step)
+        mark = self.marks.load() if self.marks is not None else None
+        resumed = self._restore(mark) if mark is not None else -1
+        if self.marks is not None and mark is None:
+            self.marks.newest = first
+        for start, stop in self._legs():
+            if stop <= resumed:
+                continue
+            if not start <= resumed:
+                self.path.seek(start)
+            begin = max(start, resumed)
+            with self.trajectory.read_ahead(begin, stop):
+                for step in range(begin, stop):
+                    if not self.left:
+                        break
+                    if self.windows or step in touched:
+                        self._step(step, finished)
+                        progress(step)
+                        self._mark(step + 1)
+                    else:
+                        self.path.step(step)
+        self.guard.warn()
 
-    def _step(self, step: int) -> None:
-        """One step of training, and the windows along with it."""
-        record = self.trajectory.record(step)
-        counts = None if self.batches is None else self.batches.num_targets
+    def _legs(self) -> list[tuple[int, int]]:
+        """Stretches [start, stop) of the trajectory to walk: what lies between windows is left out where it can be."""
+        legs: list[tuple[int, int]] = []
+        for step in self.sources.steps:
+            start, stop = self.path.start(step), self.tau if self.head.is_on else self._last(step) + 1
+            if legs and start <= legs[-1][1]:
+                legs[-1] = (legs[-1][0], max(stop, legs[-1][1]))
+            else:
+                legs.append((start, stop))
+        return legs
+
+    def _last(self, step: int) -> int:
+        """Last step that a source at `step` is propagated through."""
+        return self.tau - 1 if self.K is None else min(step + self.K, self.tau - 1)
+
+    def _edited(self, step: int) -> EditedStep:
+        counts = None if self.problem.batches is None else self.problem.batches.num_targets
         normalization = self.trajectory.manifest.loss_normalization
-        edited = edit_step(record, self.counterfactual, normalization, counts)  # type: ignore[arg-type]
-        active = [window for window in self.windows if step <= window.last_step]
-        is_taken = record.applied and not edited.skipped
-        is_asked = self.head.is_on or self.config.mode in ("fisher", "secant")
-        here, update = self.path.step(step, is_asked and is_taken)
-        b = self._source(edited, here) if is_taken and edited.is_changed else None
+        return edit_step(self.trajectory.record(step), self.problem.counterfactual, normalization, counts)  # type: ignore[arg-type]
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int, finished: Callable[[SweepResult], None]) -> None:
+        """One step of training, and the windows along with it."""
+        edited = self._edited(step)
+        is_asked = self.head.is_on or self.problem.config.mode in ("fisher", "secant")
+        here, update = self.path.step(step, is_asked and edited.record.applied and not edited.skipped)
+        sources = self.sources.at(edited, here.theta)
         if self.head.is_on:
-            self._replay(step, here, edited, update, b)
+            self._replay(step, here, edited, update, sources)
         else:
-            injected = self._linear(step, here, edited, update, active, b)
-            self.guard.measure(self.windows, step)
-            if injected is not None:
-                self._add(step, here, injected, b)
-        self._retire(step)
+            self._propagate(step, here, edited, self.windows, sources)
+            self.guard.measure(self.windows, step, self.tau)
+            for found, injected in self._injected(step, here, update, sources):
+                self._add(step, here, found, injected)
+        self._retire(step, finished)
 
-    def _source(self, edited: EditedStep, here: Point) -> ShardedVector:
-        assert self.module is not None and self.batches is not None
-        self.cost += share(edited, "source")
-        return source(edited, here.theta, self.batches, self.module, self.loss)
-
-    def _linear(
-        self,
-        step: int,
-        here: Point,
-        edited: EditedStep,
-        update: ShardedVector,
-        windows: list[Window],
-        b: ShardedVector | None,
-    ) -> Deviation | None:
-        """Carries windows through the step by its tangent; returns what its source adds."""
-        if edited.record.applied and edited.skipped:
-            return self._taken_back(here, update)
-        if not edited.record.applied:
-            return None
-        behind = sum(window.behind for window in windows)
-        self._propagate(step, here, edited, windows, b)
-        if b is None:
-            return None
-        return self.rule.tangents(here, [(self.rule.no_deviation(b), b)], behind)[0]
-
-    def _taken_back(self, here: Point, update: ShardedVector) -> Deviation:
-        """What it adds that the counterfactual run skips a step that was taken."""
-        after = self.path.state.vectors
-        state = {key: (after[key] - vector).scale_(-1.0) for key, vector in here.state.vectors.items()}
-        return Deviation(update * -1.0, state)
-
-    def _replay(
-        self, step: int, here: Point, edited: EditedStep, update: ShardedVector, b: ShardedVector | None
-    ) -> None:
-        """A step of the head: the joint window takes it as it is, and the trial, if there is one, by its tangent."""
-        is_skipped = edited.record.applied and edited.skipped
-        trial, hvp_calls = self.head.trial, 0
-        if trial is not None:
-            injected = self._linear(step, here, edited, update, [trial], b)
-            if injected is not None:
-                trial.at.add_(injected)
-                trial.behind += is_skipped
-            hvp_calls, trial.hvp_calls = trial.hvp_calls, 0
-        if not self.windows:
-            nothing = self.rule.no_deviation(here.theta)
-            unit = "joint" if self.K is None else f"head-{step}"
-            self.windows.append(Window(unit, step, self.trajectory.num_steps - 1, nothing, 0.0, 0.0, last_source=step))
-        (joint,) = self.windows
-        joint.hvp_calls += hvp_calls
-        if is_skipped or b is not None:
-            self.guard.enter(self._reach(here, b))
-            joint.last_source = step
-        if is_skipped:
-            joint.at.add_(self._taken_back(here, update))
-            joint.behind += 1
-        elif edited.record.applied:
-            joint.at = self.rule.difference(here, joint.at, self._change(step, here, edited, joint, b), joint.behind)
-            joint.steps += step > joint.tz
-        self.guard.measure(self.windows, step)
-        if step == joint.tz:
-            joint.v0_norm = joint.norm
-        self.head.advance(joint)
-        if not self.head.is_on and self.K is not None:
-            assert joint.last_source is not None
-            joint.last_step = min(max(joint.last_source + self.K, step), joint.last_step)
-
-    def _change(
-        self, step: int, here: Point, edited: EditedStep, joint: Window, b: ShardedVector | None
-    ) -> ShardedVector:
-        """∇L_s(θ_s + v_s; w') − ∇L_s(θ_s; w) of a step that is replayed."""
-        if step == joint.tz and b is not None:
-            return b  # v = 0
-        assert self.module is not None and self.batches is not None
-        micros = micro_batches(edited, self.batches, self.module, "kept")
-        self.cost += share(edited, "kept")
-        changed = weighted_gradient(self.module, self.loss, here.theta + joint.at.v, micros)
-        changed = changed - self._gradient(step, here, edited, b)
-        return changed if b is None else changed.add_(b)
-
-    def _gradient(self, step: int, here: Point, edited: EditedStep, b: ShardedVector | None) -> ShardedVector:
-        """∇L_s(θ_s; w'), as the module here computes it: of the logged one where training did so as well."""
-        if self.path.is_precise(step):
-            assert here.gradient is not None
-            return here.gradient if b is None else here.gradient + b
-        assert self.module is not None and self.batches is not None
-        self.cost += share(edited, "kept")
-        micros = micro_batches(edited, self.batches, self.module, "kept")
-        return weighted_gradient(self.module, self.loss, here.theta, micros)
+    def _lags(self, step: int) -> list[int]:
+        """Skipped steps that are felt in this one."""
+        return [t for t, last in self.felt_until.items() if t < step <= last]
 
     def _propagate(
-        self, step: int, here: Point, edited: EditedStep, active: list[Window], b: ShardedVector | None
+        self, step: int, here: Point, edited: EditedStep, windows: Sequence[Window], sources: Sequence[Source]
     ) -> None:
-        """Carries the windows through a step that the counterfactual run takes as well."""
-        if not active:
+        """Carries windows through a step by its tangent."""
+        if not windows or not edited.record.applied or edited.skipped:
             return
-        products = self._products(step, here, edited, active, b)
-        along = [(window.at, dg) for window, dg in zip(active, products, strict=True)]
-        moved = self.rule.tangents(here, along, sum(window.behind for window in active))
-        behind = 0
-        for window, at in zip(active, moved, strict=True):
+        b = next((found.vector for found in sources), None)
+        found, calls = self.products(
+            step,
+            here.theta,
+            edited,
+            [window.at.v for window in windows],
+            lambda: self._gradient(step, here, edited, b),
+        )
+        lags = self._lags(step)
+        along = [(window.at, dg) for window, dg in zip(windows, found, strict=True)]
+        moved = self.rule.tangents(here, along, len(lags))
+        for window, at in zip(windows, moved, strict=True):
+            self.guard.moved(window, at.v)
+            window.at, window.steps, window.hvp_calls = at, window.steps + 1, window.hvp_calls + calls
             # Each window answers for its own skipped steps, so that the windows add up to the joint counter.
-            gap = self.rule.clock_gap(here, behind + window.behind, behind)
-            behind += window.behind
-            window.at, window.steps = at, window.steps + 1
-            if gap is not None:
-                window.at.add_(gap)
-                self.guard.enter(gap.v.norm())
+            for first, stop in _runs([i for i, t in enumerate(lags) if t in window.skipped]):
+                gap = self.rule.clock_gap(here, stop, first)
+                if gap is not None:
+                    window.at.add_(gap)
+                    window.entered += gap.v.norm()
 
-    def _products(
-        self, step: int, here: Point, edited: EditedStep, active: list[Window], b: ShardedVector | None
-    ) -> list[ShardedVector]:
-        """(C_s + λI) v of each window."""
-        config, vectors = self.config, [window.at.v for window in active]
-        if self.kept is not None:
-            found = self.kept.window(step).curvature(vectors)
-            return [c.add_(v, alpha=config.damping) for c, v in zip(found, vectors, strict=True)]
-        assert self.module is not None and self.batches is not None
-        micros = micro_batches(edited, self.batches, self.module, "kept") if config.uses_model else []
-        gradient = here.gradient if config.mode == "fisher" else None
-        if config.mode == "secant":
-            gradient = self._gradient(step, here, edited, b)
-        basis = self._basis(step, here.theta, micros, share(edited, "kept")) if config.mode == "low_rank" else None
-        for window in active:
-            window.hvp_calls += config.mode not in ("none", "low_rank")
-        self.cost += gradients_per_step(config, len(active)) * share(edited, "kept")
-        return hvp_apply(vectors, config, self.module, self.loss, here.theta, micros, gradient, basis=basis)
+    def _gradient(self, step: int, here: Point, edited: EditedStep, b: ShardedVector | None) -> ShardedVector:
+        """What `fisher` and `secant` take: the batch gradient as training had it, or as the counterfactual has it."""
+        if self.problem.config.mode == "fisher":
+            assert here.gradient is not None
+            return here.gradient
+        return kept_gradient(self.path, step, here, edited, b)
 
-    def _basis(self, step: int, theta: ShardedVector, micros: list[MicroBatch], part: float) -> LowRank:
-        """The eigenpairs in use, taken anew every `refresh` logged steps."""
-        assert self.module is not None
-        if self.basis is None or step >= self.basis_step + self.config.refresh:
-            self.basis, self.basis_step = low_rank_basis(self.config, self.module, self.loss, theta, micros), step
-            self.missed = max(self.missed or 0.0, self.basis.missed)
-            self.cost += gradients_per_basis(self.config, self.basis.products) * part
-            for window in self.windows:
-                window.hvp_calls += self.basis.products
-        return self.basis
+    def _injected(
+        self, step: int, here: Point, update: ShardedVector, sources: Sequence[Source]
+    ) -> list[tuple[Source, Deviation]]:
+        """What the step's sources add: the tangent of the update rule along them, or the step itself, taken back."""
+        found = []
+        for source in sources:
+            if source.vector is not None:
+                along = [(self.rule.no_deviation(source.vector), source.vector)]
+                (injected,) = self.rule.tangents(here, along, len(self._lags(step)))
+            else:
+                after = self.path.state.vectors
+                state = {key: (after[key] - vector).scale_(-source.part) for key, vector in here.state.vectors.items()}
+                injected = Deviation(update * -source.part, state)
+            found.append((source, injected))
+        return found
 
-    def _add(self, step: int, here: Point, injected: Deviation, b: ShardedVector | None) -> None:
-        """A source enters (a skipped step where b is None): the joint window takes it up, or one of its own opens."""
+    def _add(self, step: int, here: Point, source: Source, injected: Deviation) -> None:
+        """A source enters: its unit's window takes it up, or a new one opens."""
         size = injected.v.norm()
-        self.guard.enter(self._reach(here, b) if self.rule.keys else size)
-        behind = int(b is None)
-        if self.K is None and self.windows:
-            joint = self.windows[0]
-            joint.at.add_(injected)
-            joint.behind += behind
-            joint.norm = joint.at.v.norm()
-            return
-        end = self.trajectory.num_steps - 1
-        last = end if self.K is None else min(step + self.K, end)
-        unit = "joint" if self.K is None else f"step-{step}"
-        self.windows.append(Window(unit, step, last, injected, v0_norm=size, norm=size, behind=behind))
+        window = next((w for w in self.windows if w.owner == source.unit), None) if self.K is None else None
+        if window is None:
+            name = f"step-{step}" if source.unit == JOINT and self.K is not None else source.unit
+            window = Window(name, source.unit, step, self._last(step), injected, v0_norm=size, norm=size)
+            self.windows.append(window)
+        else:
+            window.at.add_(injected)
+            window.norm = window.at.v.norm()
+        window.entered += self._reach(here, source) if self.rule.keys else size
+        if source.counts:
+            window.skipped.append(step)
 
-    def _reach(self, here: Point, b: ShardedVector | None) -> float:
+    def _reach(self, here: Point, source: Source) -> float:
         """How far a source moves θ in one step at the run's largest learning rate.
 
         An optimizer with momentum moves θ by it later as well, and at warm-up its own step may be 0.
         """
         at = replace(here, lrs=self.peak)
-        if b is None:
-            return (self.rule.apply(at)[0] - here.theta).norm()
-        return self.rule.tangents(at, [(self.rule.no_deviation(b), b)])[0].v.norm()
+        if source.vector is None:
+            return source.part * (self.rule.apply(at)[0] - here.theta).norm()
+        return self.rule.tangents(at, [(self.rule.no_deviation(source.vector), source.vector)])[0].v.norm()
 
-    def _retire(self, step: int) -> None:
-        """Freezes the windows that are through."""
-        self._freeze([window for window in self.windows if step >= window.last_step])
-        self.windows = [window for window in self.windows if step < window.last_step]
-
-    def _freeze(self, finished: list[Window]) -> None:
-        for window in finished:
-            if window.last_step == self.trajectory.num_steps - 1:
-                self.total.add_(window.at)
-                self.behind += window.behind
+    def _replay(
+        self, step: int, here: Point, edited: EditedStep, update: ShardedVector, sources: Sequence[Source]
+    ) -> None:
+        """A step of the head: the joint window takes it as it is, and the trial, if there is one, by its tangent."""
+        injected = self._injected(step, here, update, sources) if self.head.trial or edited.skipped else []
+        if not self.windows:
+            name, nothing = JOINT if self.K is None else f"head-{step}", self.rule.no_deviation(here.theta)
+            self.windows.append(Window(name, JOINT, step, self.tau - 1, nothing, 0.0, 0.0, replayed=True))
+        (joint,) = self.windows
+        if (trial := self.head.trial) is not None:
+            self._propagate(step, here, edited, [trial], sources)
+            joint.hvp_calls, trial.hvp_calls = joint.hvp_calls + trial.hvp_calls, 0
+            for _, deviation in injected:
+                trial.at.add_(deviation)
+        for source in sources:
+            joint.entered += self._reach(here, source)
+        if edited.record.applied and edited.skipped:
+            joint.at.add_(injected[0][1])
+            joint.skipped.append(step)
+            self.felt_until[step] = self.tau - 1  # until the head's window ends, wherever that will be
+            if trial is not None:
+                trial.skipped.append(step)
+        elif edited.record.applied:
+            b = sources[0].vector if sources else None
+            if step == joint.tz and b is not None:
+                dg = b  # v = 0
             else:
-                self.total.v.add_(window.at.v)
-            self.done.append(self._audit(window))
+                dg = gradient_change(self.path, step, here, edited, joint.at.v, b)
+            joint.at = self.rule.difference(here, joint.at, dg, len(joint.skipped))
+            joint.steps += step > joint.tz
+        self.guard.measure(self.windows, step, self.tau)
+        if step == joint.tz:
+            joint.v0_norm = joint.norm
+        self.head.advance(joint)
+        if not self.head.is_on and self.K is not None:
+            last = max((s for s in self.sources.steps if s <= step), default=step)
+            joint.last_step = min(max(last + self.K, step), joint.last_step)
+            self.felt_until |= dict.fromkeys(joint.skipped, joint.last_step)
 
-    def _audit(self, window: Window) -> AuditRecord:
-        tau = self.trajectory.num_steps
-        return AuditRecord(
-            unit=window.unit,
-            tz=window.tz,
-            tau=tau,
-            K_used=window.steps,
-            v_norm=window.norm,
-            v0_norm=window.v0_norm,
-            hvp_calls=window.hvp_calls,
-            mode=self.config.mode if self.kept is None else f"low_rank:{self.kept.name}",
-            damping=self.config.damping,
-            counterfactual=self.counterfactual.kind,
-            replay_head=self.head.steps if window.last_source is not None else 0,
-            stopped_by="K" if window.last_step < tau - 1 else "end",
-            seconds=time.perf_counter() - self.started,
-            growth_max=window.growth_max,
-            missed=self.missed,
-            head_error=self.head.error if window.last_source is not None else None,
+    # --- ends ----------------------------------------------------------------------------------------------------
+
+    def _retire(self, step: int, finished: Callable[[SweepResult], None]) -> None:
+        """Freezes the windows that are through, and hands over the units that are."""
+        through = [w for w in self.windows if step >= w.last_step or (w.is_still and step >= self.left[w.owner])]
+        self.windows = [w for w in self.windows if w not in through]
+        for window in through:
+            self._freeze(window, step)
+        under_way = {window.owner for window in self.windows}
+        for unit in [u for u, last in self.left.items() if step >= last and u in self.sums and u not in under_way]:
+            del self.left[unit]
+            total = self.sums.pop(unit)
+            assert total.v is not None
+            if not total.state:
+                total.state = dict(self.rule.no_deviation(total.v).state)
+            counter = self.path.state.step + sum(
+                self.trajectory.record(s).applied for s in range(step + 1, self.tau if self.rule.keys else 0)
+            )
+            finished(SweepResult(total.v, tuple(total.audit), self.cost, total.state, total.behind, counter, unit))
+
+    def _freeze(self, window: Window, step: int) -> None:
+        total = self.sums.setdefault(window.owner, _Sum())
+        total.v = window.at.v if total.v is None else total.v.add_(window.at.v)
+        if step == self.tau - 1:
+            total.behind += len(window.skipped)
+            for key, vector in window.at.state.items():
+                total.state[key] = total.state[key].add_(vector) if key in total.state else vector
+        reason = "end" if step == self.tau - 1 else "K" if step >= window.last_step else "tol"
+        total.audit.append(
+            AuditRecord(
+                unit=window.name,
+                tz=window.tz,
+                tau=self.tau,
+                K_used=window.steps,
+                v_norm=window.norm,
+                v0_norm=window.v0_norm,
+                hvp_calls=window.hvp_calls,
+                mode=self.problem.config.mode if self.problem.kept is None else f"low_rank:{self.problem.kept.name}",
+                damping=self.problem.config.damping,
+                counterfactual=self.problem.counterfactual.kind,
+                replay_head=self.head.steps if window.replayed else 0,
+                stopped_by=reason,
+                seconds=time.perf_counter() - self.started,
+                growth_max=window.growth_max,
+                missed=self.products.missed,
+                head_error=self.head.error if window.replayed else None,
+            )
         )
 
+    # --- marks ---------------------------------------------------------------------------------------------------
 
-def first_touched(trajectory: Trajectory, counterfactual: Counterfactual) -> int:
-    """First applied step that holds forgotten data.
+    def _mark(self, step: int) -> None:
+        """Keeps the state before `step`, when it is time and nothing else is carried over to it."""
+        if self.marks is None or not self.marks.is_due(step) or not self.products.is_renewed(step) or not self.left:
+            return
+        sums = {unit: (total.v, total.state, total.behind, total.audit) for unit, total in self.sums.items()}
+        self.marks.save(Mark(step, self.windows, sums, dict(self.left), self.path.state, self.cost, self.guard.worst))
 
-    Raises:
-        LmcError: There is none.
-    """
-    for step in range(trajectory.first_step, trajectory.num_steps):
-        record = trajectory.record(step)
-        if record.applied and counterfactual.touches(record):
-            return step
-    raise LmcError("no logged step holds any of the forgotten data: there is nothing to correct")
+    def _restore(self, mark: Mark) -> int:
+        self.windows, self.left = mark.windows, dict(mark.left)
+        self.sums = {unit: _Sum(*total) for unit, total in mark.sums.items()}
+        self.path.stand(mark.step, mark.state)
+        self._earlier_cost, self.guard.worst = mark.cost, mark.worst
+        return mark.step
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending indices as ranges [first, stop)."""
+    runs: list[tuple[int, int]] = []
+    for i in indices:
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs

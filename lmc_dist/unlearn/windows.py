@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.vector import dots
+from lmc_dist.shards.vector import ShardedVector, dots
 from lmc_dist.update_rules import Deviation, UpdateRule
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ GROWTH_LIMIT = 1e3
 GROWTH_WARNING = 1.05
 # With momentum v is lengthened by the steps that its source still takes part in: beyond this multiple of them it is not.
 STATE_WARNING = 2.0
-_RECENT = 10  # steps over which growth is averaged
+RECENT = 10  # steps over which growth is averaged
 
 
 @dataclass
@@ -28,32 +28,40 @@ class Window:
     """A deviation under propagation.
 
     Attributes:
-        unit: Its name in the audit.
+        name: In the audit.
+        owner: Unit that it is of.
         tz: Step of its first source.
         last_step: Last step it is propagated through.
         at: (v, dσ).
         v0_norm: ‖v‖ right after the first source.
         norm: ‖v‖.
-        behind: Skipped steps among its sources, by which its optimizer's counter lags behind.
-        last_source: Step of its last source, if its first steps were replayed.
-        steps: Steps that it was propagated through.
+        entered: How far its sources move θ in their first step, added up.
+        skipped: Steps among its sources that the counterfactual run does not take, and that count as its own.
+        replayed: Whether its first steps were.
+        steps: Steps it was propagated through.
         hvp_calls: Curvature products it took.
-        growth_max: Largest growth of ‖v‖ in a step.
+        growth_max: Largest growth of ‖v‖ in a step, before its own source is added.
         recent: Growth of ‖v‖ in the last steps.
+        paces: ‖v_{s+1} − v_s‖ / ‖v_s‖ in the last steps, where that is watched.
+        is_still: Whether it has as good as stopped moving.
     """
 
-    unit: str
+    name: str
+    owner: str
     tz: int
     last_step: int
     at: Deviation
     v0_norm: float
     norm: float
-    behind: int = 0
-    last_source: int | None = None
+    entered: float = 0.0
+    skipped: list[int] = field(default_factory=list)
+    replayed: bool = False
     steps: int = 0
     hvp_calls: int = 0
     growth_max: float | None = None
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    is_still: bool = False
 
     @property
     def growth(self) -> float:
@@ -63,20 +71,32 @@ class Window:
 
 
 class GrowthGuard:
-    """Stops a sweep that diverges, and says at its end how near it came.
+    """Stops a window that diverges, tells which have come to rest, and says at the end how near a sweep came to diverging.
 
     dσ needs no bound of its own: it forgets, so it outgrows its sources only where v does.
+
+    Args:
+        rule: The run's update rule.
+        tol: A window is still when the mean pace of its last steps, over all steps that are left, is below it; None
+            does not watch that.
+
+    Attributes:
+        worst: Largest ‖v‖ over what is stable, with the growth there, and the largest growth in a step.
     """
 
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule, self.total = rule, 0.0
-        self.worst = (0.0, 1.0)  # ‖v‖ over what is stable, growth there
+    def __init__(self, rule: UpdateRule, tol: float | None = None) -> None:
+        self.rule, self.tol = rule, tol
+        self.worst = (0.0, 1.0, 0.0)
 
-    def enter(self, size: float) -> None:
-        """A source comes in that moves θ by `size` in its first step."""
-        self.total += size
+    def moved(self, window: Window, v: ShardedVector) -> None:
+        """Notes the pace of a window that is about to go to `v`. Collective where paces are watched."""
+        if self.tol is None:
+            return
+        before = window.at.v
+        new, across, old = dots([(v, v), (v, before), (before, before)])
+        window.paces.append(math.sqrt(max(new - 2 * across + old, 0.0) / old) if old > 0 else math.inf)
 
-    def measure(self, windows: Sequence[Window], step: int) -> None:
+    def measure(self, windows: Sequence[Window], step: int, tau: int) -> None:
         """Norms of all windows after a step, with one all-reduce. Collective.
 
         Raises:
@@ -92,11 +112,13 @@ class GrowthGuard:
             if growth is not None:
                 window.recent.append(growth)
                 window.growth_max = max(window.growth_max or 0.0, growth)
-            stable = self.rule.amplification * max(self.total, 1e-300)
+            stable = self.rule.amplification * max(window.entered, 1e-300)
             if not all(map(math.isfinite, (norm, *state.values()))) or norm > GROWTH_LIMIT * stable:
                 self._stop(window, step, norm, state)
-            self.worst = max(self.worst, (norm / stable, window.growth))
+            self.worst = (*max(self.worst[:2], (norm / stable, window.growth)), max(self.worst[2], growth or 0.0))
             window.norm = norm
+            if self.tol is not None and len(window.paces) == RECENT:
+                window.is_still = sum(window.paces) / RECENT * (tau - 1 - step) < self.tol
 
     def _stop(self, window: Window, step: int, norm: float, state: dict[str, float]) -> None:
         growth = window.growth if math.isfinite(window.growth) else math.inf
@@ -104,15 +126,15 @@ class GrowthGuard:
         moments = "".join(f", ‖d {key}‖ = {value:.3g}" for key, value in state.items())
         preconditioned = " (of the curvature as Adam scales it)" if "exp_avg_sq" in state else ""
         raise LmcError(
-            f"unit {window.unit}: the correction diverged at step {step}, ‖v‖ = {norm:.3g}{moments} after sources of "
-            f"{self.total:.3g} together; it grew {growth:.3g}-fold a step over the last {len(window.recent)} steps, so "
+            f"unit {window.name}: the correction diverged at step {step}, ‖v‖ = {norm:.3g}{moments} after sources of "
+            f"{window.entered:.3g} together; it grew {growth:.3g}-fold a step over the last {len(window.recent)} steps, so "
             f"η·λ_max ≈ {estimate:.3g}{preconditioned} where the recursion is stable up to {limit:.3g}. Use a smaller K "
             f"(this window is {window.steps} steps old), hessian_mode GGN where another was used, or replay_head=all"
         )
 
-    def warn(self, growth_max: float) -> None:
+    def warn(self) -> None:
         """Says where a finished sweep was unstable. Local."""
-        ratio, sustained = self.worst
+        ratio, sustained, growth_max = self.worst
         growth = growth_max if self.rule.is_plain else sustained
         if growth <= GROWTH_WARNING or not (self.rule.is_plain or ratio > STATE_WARNING):
             return

@@ -1,0 +1,155 @@
+"""Marks: the state of a sweep between two steps, on disk, from which it goes on to the bit after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmc_dist.runtime import agreement
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.files import read_json, write_json, write_shard_file
+from lmc_dist.trajectory.reader import ShardReader
+from lmc_dist.unlearn.audit import AuditRecord
+from lmc_dist.unlearn.windows import RECENT, Window
+from lmc_dist.update_rules import Deviation, State
+
+# (v, dσ, behind, audit) of a unit's windows that are through
+Total = tuple[ShardedVector | None, dict[str, ShardedVector], int, list[AuditRecord]]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A sweep before a step.
+
+    Attributes:
+        step: The step.
+        windows: Vectors under way.
+        sums: What units have that are not through, by name.
+        left: Units that are not through, with their last step with a source.
+        state: σ of the training path.
+        cost: Gradients of a whole batch so far.
+        worst: See `GrowthGuard`.
+    """
+
+    step: int
+    windows: list[Window]
+    sums: dict[str, Total]
+    left: dict[str, int]
+    state: State
+    cost: float
+    worst: tuple[float, float, float]
+
+
+class Marks:
+    """Where a sweep leaves its marks; there is one at a time.
+
+    Args:
+        folder: Its folder, `folder/mark`, which `clear` removes.
+        layout: Of the vectors.
+        dtype: Of θ and v.
+        every: Steps between two marks.
+    """
+
+    def __init__(self, folder: Path, layout: ShardLayout, dtype: torch.dtype, every: int) -> None:
+        self.folder, self.layout, self.dtype, self.every = folder, layout, dtype, every
+        self.newest: int | None = None
+
+    def exists(self) -> bool:
+        """Whether there is one. Local."""
+        return (self.folder / "mark" / "mark.json").exists()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a mark should be left before a step. Local, the same on all ranks."""
+        return step >= (self.newest or 0) + self.every
+
+    def save(self, mark: Mark) -> None:
+        """Replaces the last mark by this one. Collective."""
+        part = self.folder / "mark.part"
+        self._remove(part)
+        vectors = {f"sigma-{key}": vector for key, vector in mark.state.vectors.items()}
+        for i, window in enumerate(mark.windows):
+            vectors |= {f"window-{i}-v": window.at.v}
+            vectors |= {f"window-{i}-{key}": vector for key, vector in window.at.state.items()}
+        for i, (v, state, _, _) in enumerate(mark.sums.values()):
+            vectors |= {f"sum-{i}-{key}": vector for key, vector in state.items()}
+            vectors |= {} if v is None else {f"sum-{i}-v": v}
+        with agreement(self.layout.group):
+            for kind, vector in vectors.items():
+                write_shard_file(part, self.layout, dict(vector.items()), {"kind": kind}, kind=kind)
+        with agreement(self.layout.group):
+            if self.layout.rank == 0:
+                write_json(part / "mark.json", self._description(mark))
+                shutil.rmtree(self.folder / "mark", ignore_errors=True)
+                part.replace(self.folder / "mark")
+        self.newest = mark.step
+
+    def _description(self, mark: Mark) -> dict[str, Any]:
+        def plain(window: Window) -> dict[str, Any]:
+            known = {key: value for key, value in vars(window).items() if key != "at"}
+            return known | {"recent": list(window.recent), "paces": list(window.paces), "kinds": list(window.at.state)}
+
+        sums = {
+            unit: {"has_v": v is not None, "kinds": list(state), "behind": behind, "audit": [asdict(a) for a in audit]}
+            for unit, (v, state, behind, audit) in mark.sums.items()
+        }
+        return {
+            "step": mark.step,
+            "partition": self.layout.rule,
+            "windows": [plain(window) for window in mark.windows],
+            "sums": sums,
+            "left": mark.left,
+            "counter": mark.state.step,
+            "state": list(mark.state.vectors),
+            "cost": mark.cost,
+            "worst": list(mark.worst),
+        }
+
+    def load(self) -> Mark | None:
+        """The mark that was left, at the present layout; None where there is none. Collective.
+
+        Raises:
+            LmcError: It is damaged.
+        """
+        with agreement(self.layout.group):
+            folder = self.folder / "mark"
+            if not self.exists():
+                return None
+            known = read_json(folder / "mark.json")
+
+            def read(kind: str) -> ShardedVector:
+                reader = ShardReader(folder, self.layout, known["partition"], f"mark {folder}", kind)
+                return reader.read(self.dtype)
+
+            windows = []
+            for i, row in enumerate(known["windows"]):
+                kinds = row.pop("kinds")
+                at = Deviation(read(f"window-{i}-v"), {key: read(f"window-{i}-{key}") for key in kinds})
+                recent, paces = (deque(row.pop(key), maxlen=RECENT) for key in ("recent", "paces"))
+                windows.append(Window(**row, at=at, recent=recent, paces=paces))
+            sums: dict[str, Total] = {}
+            for i, (unit, row) in enumerate(known["sums"].items()):
+                found = {key: read(f"sum-{i}-{key}") for key in row["kinds"]}
+                v = read(f"sum-{i}-v") if row["has_v"] else None
+                sums[unit] = (v, found, row["behind"], [AuditRecord(**a) for a in row["audit"]])
+            state = State({key: read(f"sigma-{key}") for key in known["state"]}, known["counter"])
+            self.newest = known["step"]
+            return Mark(
+                known["step"],
+                windows,
+                sums,
+                known["left"],
+                state,
+                known["cost"],
+                tuple(known["worst"]),  # type: ignore[arg-type]
+            )
+
+    def _remove(self, path: Path) -> None:
+        with agreement(self.layout.group):
+            if self.layout.rank == 0:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""(C_s + λI) v of one step for all vectors under propagation, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lmc_dist.curvature import HVPConfig, Loss, LowRank, MicroBatch, hvp_apply, low_rank_basis
+from lmc_dist.shards.module import ShardedModule
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.counterfactual import EditedStep
+from lmc_dist.trajectory.kept import KeptCurvature
+from lmc_dist.unlearn.plan import gradients_per_basis, gradients_per_step
+from lmc_dist.unlearn.source import micro_batches, share
+
+
+class StepProducts:
+    """The curvature of a sweep.
+
+    Args:
+        config: Mode and damping.
+        module: The model on shards; None with `kept`.
+        loss: Its loss.
+        batches: Samples by id; None with `kept`.
+        kept: Curvature computed before, in place of the model's.
+        block: Vectors that share a pass; None is all.
+
+    Attributes:
+        cost: Gradients of a whole batch computed so far.
+        missed: `low_rank`: largest share of C z, z random, that a basis left out.
+        calls: Products of each vector so far in this step.
+    """
+
+    def __init__(
+        self,
+        config: HVPConfig,
+        module: ShardedModule | None,
+        loss: Loss,
+        batches: BatchSource | None,
+        kept: KeptCurvature | None = None,
+        block: int | None = None,
+    ) -> None:
+        self.config, self.module, self.loss, self.batches, self.kept = config, module, loss, batches, kept
+        self.block = block
+        self.cost = 0.0
+        self.missed = None if kept is None else max(window.curvature.missed for window in kept.windows)
+        self.basis: LowRank | None = None
+        self.basis_step = 0
+
+    def __call__(
+        self,
+        step: int,
+        theta: ShardedVector,
+        edited: EditedStep,
+        vectors: list[ShardedVector],
+        gradient: Callable[[], ShardedVector],
+    ) -> tuple[list[ShardedVector], int]:
+        """The products, and how many of the curvature each vector took. Collective.
+
+        Args:
+            step: The step.
+            theta: θ_s.
+            edited: The step as the counterfactual has it.
+            vectors: v of each window, at least one.
+            gradient: What `fisher` and `secant` need: the batch gradient, ∇L(θ_s; w').
+        """
+        config = self.config
+        if self.kept is not None:
+            found = self.kept.window(step).curvature(vectors)
+            return [c.add_(v, alpha=config.damping) for c, v in zip(found, vectors, strict=True)], 1
+        assert self.module is not None and self.batches is not None
+        micros = micro_batches(edited, self.batches, self.module, "kept") if config.uses_model else []
+        base = gradient() if config.mode in ("fisher", "secant") else None
+        calls, basis = int(config.mode not in ("none", "low_rank")), None
+        if config.mode == "low_rank":
+            basis, calls = self._basis(step, theta, micros, share(edited, "kept"))
+        products: list[ShardedVector] = []
+        size = self.block or len(vectors)
+        for i in range(0, len(vectors), size):
+            part = vectors[i : i + size]
+            self.cost += gradients_per_step(config, len(part)) * share(edited, "kept")
+            products += hvp_apply(part, config, self.module, self.loss, theta, micros, base, basis=basis)
+        return products, calls
+
+    def is_renewed(self, step: int) -> bool:
+        """Whether nothing is carried over to this step: a basis that served before is taken anew in it. Local."""
+        return self.basis is None or step >= self.basis_step + self.config.refresh
+
+    def _basis(self, step: int, theta: ShardedVector, micros: list[MicroBatch], part: float) -> tuple[LowRank, int]:
+        """The eigenpairs in use, taken anew every `refresh` logged steps, and the products that took."""
+        assert self.module is not None
+        products = 0
+        if self.basis is None or self.is_renewed(step):
+            self.basis, self.basis_step = low_rank_basis(self.config, self.module, self.loss, theta, micros), step
+            self.missed = max(self.missed or 0.0, self.basis.missed)
+            products = self.basis.products
+            self.cost += gradients_per_basis(self.config, products) * part
+        return self.basis, products

@@ -1,0 +1,277 @@
+"""Forget units: whatever carries them, in whatever company, each has the same correction, and together they are the joint one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine_logs import engine_config, this_runtime, train_job
+
+from lmc_dist.config import Config
+from lmc_dist.curvature import HVPConfig, TokenCrossEntropy
+from lmc_dist.errors import LmcError
+from lmc_dist.logged_run import open_logged_run
+from lmc_dist.shards.module import ShardedModule, build_skeleton
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.record import MicroRecord, StepRecord
+from lmc_dist.unlearn.correction import compute_correction, load_full_correction
+from lmc_dist.unlearn.sweep import Problem
+from lmc_dist.unlearn.unit_sweeps import Status, correct_units
+from lmc_dist.unlearn.units import Unit, joint_unit, kept_gain, own_loss, passes_of, split_request, step_shares
+
+# --- splitting -------------------------------------------------------------------------------------------------------
+
+
+def record(step: int, passes: list[list[int]], denominator: float) -> StepRecord:
+    micros = tuple(MicroRecord(k, 0, tuple(ids), denominator) for k, ids in enumerate(passes))
+    return StepRecord(step, step, micros, (0.1,), denominator)
+
+
+def counts(ids: Any) -> list[int]:
+    return [1 + i % 4 for i in ids]
+
+
+@pytest.mark.parametrize("kind", ["zero", "renormalize"])
+@pytest.mark.parametrize("normalization", ["global_token_mean", "micro_batch_token_mean"])
+def test_shares_of_a_step_add_up_to_its_source(kind: Any, normalization: Any) -> None:
+    passes = [[0, 1, 2, 3], [4, 5], [6, 7]]
+    total = float(sum(counts(range(8))))
+    whole = record(0, passes, total)
+    if normalization != "global_token_mean":
+        micros = tuple(replace(m, denominator=3.0 * sum(counts(m.sample_ids))) for m in whole.micro_batches)
+        whole = replace(whole, micro_batches=micros)
+    request = Counterfactual(kind, sample_ids=frozenset({1, 2, 4, 5, 7}))
+    units = split_request(request, {"a": [1, 4], "b": [2, 7], "c": [5]})
+    edited = request.edit(whole, normalization, counts)
+    shares = step_shares(edited, units, normalization, counts)
+    joint = [w for m in edited.micro_batches for w in m.source_weights]
+    parts = [[w for m in s.edited.micro_batches for w in m.source_weights] for s in shares if s.edited is not None]
+    assert len(parts) == 3 and math.isclose(sum(s.of_kept for s in shares), 1.0)
+    for got, want in zip([sum(column) for column in zip(*parts, strict=True)], joint, strict=True):
+        assert math.isclose(got, want, abs_tol=1e-15)
+    if normalization == "global_token_mean":  # what the kept samples gain is one gradient for all units
+        gain = [w for m in kept_gain(edited).micro_batches for w in m.source_weights]
+        for share, part in zip(shares, parts, strict=True):
+            own = [w for m in own_loss(share).micro_batches for w in m.source_weights]
+            assert all(math.isclose(p, o + share.of_kept * g) for p, o, g in zip(part, own, gain, strict=True))
+    one = step_shares(edited, [joint_unit(request)], normalization, counts)
+    assert [(s.of_kept, s.edited is edited) for s in one] == [(1.0, True)]
+
+
+def test_a_step_of_which_nothing_remains_is_shared_by_tokens() -> None:
+    request = Counterfactual("renormalize", sample_ids=frozenset({0, 1, 2}))
+    edited = request.edit(record(0, [[0, 1], [2]], 6.0), "global_token_mean", counts)
+    assert edited.skipped
+    shares = step_shares(edited, split_request(request, {"a": [0, 2], "b": [1]}), "global_token_mean", counts)
+    assert [(s.unit.name, s.of_kept) for s in shares] == [("a", 4 / 6), ("b", 2 / 6)]
+
+
+def test_units_are_the_request() -> None:
+    request = Counterfactual("renormalize", sample_ids=frozenset({1, 2, 3}))
+    assert [unit.name for unit in split_request(request)] == ["sample-1", "sample-2", "sample-3"]
+    skip = Counterfactual("skip", batch_ids=frozenset({10, 9}))
+    assert [(u.name, u.batch_ids) for u in split_request(skip)] == [("batch-10", {10}), ("batch-9", {9})]
+    for named, said in {
+        "overlap": ({"a": [1, 2], "b": [2, 3]}, "sample 2 is in unit 'a' and in unit 'b'"),
+        "missing": ({"a": [1, 2]}, "1 sample ids of the request are in no unit: 3"),
+        "foreign": ({"a": [1, 2, 3, 4]}, "sample 4 of unit 'a' is not part of the request"),
+        "empty": ({"a": [1, 2, 3], "b": []}, "unit 'b' is empty"),
+        "name": ({"../a": [1, 2, 3]}, "'../a' is no name for a unit"),
+    }.values():
+        with pytest.raises(LmcError, match=said):
+            split_request(request, named)
+
+
+def test_passes_never_carry_more_than_fits() -> None:
+    records = [record(step, [[2 * step, 2 * step + 1]], 2.0) for step in range(40)]
+    records += [record(40 + step, [[2 * step]], 1.0) for step in range(3)]  # samples 0, 2, 4 again
+    units = [Unit(f"u{i:02}", frozenset({i})) for i in range(80)]
+    for K, width in ((None, 8), (3, 8), (3, 9), (0, 2)):
+        passes = passes_of(units, records, K, 43, width)
+        assert sorted(u.name for members in passes for u in members) == [u.name for u in units]
+        most = 0
+        for members in passes:
+            for step in range(43):
+                load = 0
+                for unit in members:
+                    steps = [r.step for r in records if unit.touches(r)]
+                    last = 43 if K is None else K + 1
+                    vectors = sum(s <= step < s + last for s in steps) if K is not None else steps[0] <= step
+                    is_summed = K is not None and len(steps) > 1 and steps[0] <= step < steps[-1] + last
+                    load += vectors + is_summed
+                most = max(most, load)
+        assert 1 <= most <= width, (K, width, most)
+        assert K is not None or len(passes) == 10
+
+
+# --- corrections -------------------------------------------------------------------------------------------------------
+
+SAMPLES = Counterfactual("renormalize", sample_ids=frozenset({3, 5, 101, 102, 204, 301}))
+BATCHES = Counterfactual("skip", batch_ids=frozenset({1, 2, 6}))
+
+
+def job_config(folder: Path, optimizer: str) -> Config:
+    settings = {"optimizer": optimizer, "epochs": 2, "max_grad_norm": 0.8}
+    if optimizer == "adamw":
+        settings["learning_rate"] = 0.01
+    return engine_config(folder / optimizer, "single", "gradient", **settings)
+
+
+def problem_of(config: Config, request: Counterfactual, mode: str = "GGN", **more: Any) -> tuple[Problem, Any]:
+    opened = open_logged_run(config, this_runtime())
+    problem = Problem(opened.log, opened.module, TokenCrossEntropy(), opened.batches, request, HVPConfig(mode), **more)
+
+    def make(layout: Any) -> ShardedModule:
+        return ShardedModule(build_skeleton(opened.model_config, torch.device("cpu")), layout, torch.device("cpu"))
+
+    return problem, make
+
+
+def units_job(config: Config, request: Counterfactual, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    how = dict(given)
+    named = how.pop("named", None)
+    more = {key: how.pop(key) for key in ("K", "tol", "block", "mode") if key in how}
+    stop_at = how.pop("stop_at", None)
+    problem, make = problem_of(config, request, **more)
+    seen: list[Status] = []
+
+    def progress(status: Status) -> None:
+        seen.append(status)
+        if stop_at is not None and len(seen) == stop_at:
+            raise LmcError("stopped here")
+
+    found = correct_units(problem, split_request(request, named), folder, make, progress=progress, **how)
+    return {"v": found.v.norm(), "audit": len(found.audit), "cost": found.gradients_equivalent, "seen": len(seen)}
+
+
+def joint_job(config: Config, request: Counterfactual, folder: Path, K: int | None, mode: str = "GGN") -> int:
+    problem, _ = problem_of(config, request)
+    found = compute_correction(
+        problem.trajectory, problem.module, problem.batches, request, HVPConfig(mode), K, problem.loss
+    )
+    found.save(folder)
+    return found.behind
+
+
+def distances(config: Config, folder: Path, joint: Path, other: Path | None = None) -> dict[str, float]:
+    """How far the units' sum is from the joint correction, and each unit from that of another run. One rank."""
+    log = open_logged_run(config, this_runtime()).log
+    like = ShardedVector.zeros(log.layout)
+    want = load_full_correction(joint, log.layout, like)
+    kinds = ["v", *want.state]
+
+    def vectors(found: Any) -> dict[str, ShardedVector]:
+        return {"v": found.v, **found.state}
+
+    total = {kind: like.clone() for kind in kinds}
+    behind, worst = 0, 0.0
+    for path in sorted((folder / "units").iterdir()):
+        unit = load_full_correction(path, log.layout, like)
+        behind += unit.behind
+        for kind in kinds:
+            total[kind].add_(vectors(unit)[kind])
+        if other is not None:
+            again = load_full_correction(other / "units" / path.name, log.layout, like)
+            worst = max(
+                worst, *((vectors(unit)[k] - vectors(again)[k]).norm() / vectors(unit)["v"].norm() for k in ["v"])
+            )
+    assert behind == want.behind
+    errors = {kind: (total[kind] - vectors(want)[kind]).norm() / vectors(want)[kind].norm() for kind in kinds}
+    return {**errors, "unit": worst}
+
+
+@pytest.fixture(scope="module")
+def logs(ranks: Any, tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("units")
+    for optimizer in ("sgd", "adamw"):
+        ranks(1).run(train_job, job_config(folder, optimizer))
+    return folder
+
+
+CARRIED: list[tuple[int, dict[str, Any]]] = [  # ranks, how
+    (1, {"num_groups": 1, "width": 8}),
+    (1, {"num_groups": 1, "width": 2}),
+    (2, {"num_groups": 2, "width": 3}),
+    (4, {"num_groups": 2, "width": 3, "block": 2}),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_units_do_not_depend_on_what_carries_them(ranks: Any, logs: Path, tmp_path: Path, optimizer: str) -> None:
+    config = job_config(logs, optimizer)
+    for name, request, K in (("samples", SAMPLES, None), ("short", SAMPLES, 3), ("batches", BATCHES, None)):
+        ranks(1).run(joint_job, config, request, tmp_path / f"{name}-joint", K)
+        first = tmp_path / f"{name}-0"
+        for i, (world_size, how) in enumerate(CARRIED):
+            folder = tmp_path / f"{name}-{i}"
+            results = ranks(world_size).run(units_job, config, request, folder, {"K": K, **how})
+            assert len({(r["v"], r["audit"], r["cost"]) for r in results}) == 1
+            (errors,) = ranks(1).run(distances, config, folder, tmp_path / f"{name}-joint", first)
+            assert max(errors.values()) <= 1e-6, (name, how, errors)
+
+
+def test_users_are_units_too(ranks: Any, logs: Path, tmp_path: Path) -> None:
+    config, named = job_config(logs, "sgd"), {"ann": [3, 101], "bob": [5, 102, 204], "cy": [301]}
+    (result,) = ranks(1).run(units_job, config, SAMPLES, tmp_path / "units", {"named": named})
+    ranks(1).run(joint_job, config, SAMPLES, tmp_path / "joint", None)
+    (errors,) = ranks(1).run(distances, config, tmp_path / "units", tmp_path / "joint")
+    assert result["audit"] == 3 and max(errors.values()) <= 1e-6, errors
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in (a / "units").iterdir())
+    assert names == sorted(path.name for path in (b / "units").iterdir())
+    return all(
+        file.read_bytes() == (b / "units" / name / file.name).read_bytes()
+        for name in names
+        for file in (a / "units" / name).iterdir()
+        if file.suffix == ".safetensors"
+    )
+
+
+@pytest.mark.parametrize("mode", ["GGN", "low_rank"])
+def test_a_stopped_run_goes_on_to_the_bit(ranks: Any, logs: Path, tmp_path: Path, mode: str) -> None:
+    config = job_config(logs, "adamw")
+    how: dict[str, Any] = {"width": 3, "mark_every": 2, "K": 4, "mode": mode}
+    ranks(2).run(units_job, config, SAMPLES, tmp_path / "whole", how)
+    (one,) = ranks(1).run(units_job, config, SAMPLES, tmp_path / "one rank", how)
+    for stop_at in (1, 4, 5, one["seen"] - 1):
+        folder = tmp_path / f"stopped-{stop_at}"
+        with pytest.raises(AssertionError, match="stopped here"):
+            ranks(2).run(units_job, config, SAMPLES, folder, {"stop_at": stop_at, **how})
+        if stop_at == 5:  # on one rank it goes on as well
+            ranks(1).run(units_job, config, SAMPLES, folder, how)
+            ranks(1).run(joint_job, config, SAMPLES, tmp_path / "joint", 4, mode)
+            (errors,) = ranks(1).run(distances, config, folder, tmp_path / "joint", tmp_path / "one rank")
+            assert errors["unit"] <= 1e-6, errors
+            continue
+        ranks(2).run(units_job, config, SAMPLES, folder, how)
+        assert same_files(folder, tmp_path / "whole"), stop_at
+        assert not list((folder / "passes").iterdir())
+
+
+def refused_job(config: Config, folder: Path, request: Counterfactual, how: dict[str, Any]) -> str:
+    with pytest.raises(LmcError) as caught:
+        units_job(config, request, folder, how)
+    return str(caught.value)
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(ranks: Any, logs: Path, tmp_path: Path) -> None:
+    config = job_config(logs, "sgd")
+    ranks(2).run(units_job, config, BATCHES, tmp_path / "a", {})
+    for said in ranks(2).run(refused_job, config, tmp_path / "a", SAMPLES, {}):
+        assert "holds the work of another request" in said
+    for said in ranks(3).run(refused_job, config, tmp_path / "b", SAMPLES, {"num_groups": 2}):
+        assert "unit_groups=2 does not divide 3 ranks" in said
+
+
+def test_units_that_have_come_to_rest_stop(ranks: Any, logs: Path, tmp_path: Path) -> None:
+    config = job_config(logs, "sgd")
+    (whole,) = ranks(1).run(units_job, config, SAMPLES, tmp_path / "whole", {})
+    (early,) = ranks(1).run(units_job, config, SAMPLES, tmp_path / "early", {"tol": 1e9})
+    assert early["cost"] <= whole["cost"]
