@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# measure.py is what the benchmarks share
-BENCHES = $(filter-out bench/measure.py,$(sort $(wildcard bench/*.py)))
+# measure.py is what the benchmarks share, accuracy_*.py are parts of accuracy.py
+BENCHES = $(filter-out bench/measure.py bench/accuracy_%.py,$(sort $(wildcard bench/*.py)))
 PEERS := $(VENV)/.peers
 
 # deepspeed's launcher and ninja (which builds DeepSpeed's operators) are found on PATH

@@ -27,6 +27,8 @@ INSTALL_REQUIRES = [
     "tqdm",
     # the trajectory log: compression and digests
     "xxhash",
+    # memory that is free
+    "psutil",
     "zstandard",
     # torch's C++ extension loader, which DeepSpeed's JIT-built operators go through, imports it
     "setuptools",

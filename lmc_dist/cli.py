@@ -14,6 +14,7 @@ from lmc_dist.config import Config
 
 # What a command prints on rank 0, and its exit status where that is not 0.
 Outcome = str | tuple[str, int]
+Joins = Literal["engine", "files", "nobody"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,19 @@ class Command:
         examples: Shown under its options.
         settings: Fields of `Config` that it uses; a configuration file may hold the others, since one file serves all.
         work: Does it, given settings and runtime; imports what it needs.
-        joins: Whom it runs with: the ranks of an `engine`, ranks that work on `files`, or `nobody`.
+        joins: Whom it runs with: the ranks of an `engine`, ranks that work on `files`, or `nobody`; or which of these, by
+            the settings.
         positional: Arguments without a name → the settings they are, with dots.
+        short: Options → the settings that they are short for.
     """
 
     description: str
     examples: str
     settings: tuple[str, ...]
     work: Callable[[Config, Any], Outcome]
-    joins: Literal["engine", "files", "nobody"] = "engine"
+    joins: Joins | Callable[[Config], Joins] = "engine"
     positional: Mapping[str, str] = field(default_factory=dict)
+    short: Mapping[str, str] = field(default_factory=dict)
 
 
 # --- what the commands do ----------------------------------------------------------------------------------------------
@@ -109,6 +113,14 @@ def plan_work(config: Config, runtime: Any) -> Outcome:
 
     quiet_transformers()
     return plan_log(config)
+
+
+def plan_unlearn_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.log_commands.plan_unlearn import plan_unlearn
+    from lmc_dist.log_commands.ranks import quiet_transformers
+
+    quiet_transformers()
+    return plan_unlearn(config, runtime)
 
 
 # --- what they are called ----------------------------------------------------------------------------------------------
@@ -251,6 +263,32 @@ examples:
         plan_work,
         "nobody",
     ),
+    "plan unlearn": Command(
+        "Predict time, memory and error of every way to forget, here or on other machines, and recommend one.",
+        """
+examples:
+  lmc plan unlearn runs/log --config configs/demo.yaml --model.path runs/base --forget.samples 3,203-206
+  lmc plan unlearn runs/log --config configs/demo.yaml --model.path runs/base --forget.split person-57 --controls 3 \\
+      --max_error 0.05 --json plan.json
+  torchrun --nproc_per_node 2 -m lmc_dist.cli plan unlearn runs/tofu/log --config configs/tofu.yaml --data.path DATA \\
+      --model.path MODEL --forget.split forget01
+  lmc plan unlearn runs/log --config configs/demo.yaml --model.path runs/base --forget.batches 5 --world 64 --hardware h100
+  lmc plan unlearn --config configs/shapes/llama3_8b.yaml --plan_unlearn.steps 1000 --world 64 --hardware h100
+
+Times this machine for some seconds, unless --hardware names another. --controls N forgets N random others of the same
+number for comparison, by the candidates and by replay, and keeps their errors beside the log.
+""",
+        ("data", "model", "train", "log", "forget", "unlearn", "plan_unlearn", "log_dir", "json"),
+        plan_unlearn_work,
+        lambda config: "engine" if config.plan_unlearn.steps is None else "nobody",
+        LOG,
+        {
+            "--controls": "plan_unlearn.controls",
+            "--hardware": "plan_unlearn.hardware",
+            "--max_error": "plan_unlearn.max_error",
+            "--world": "plan_unlearn.world_size",
+        },
+    ),
 }
 
 
@@ -280,7 +318,7 @@ def build_parser(name: str | None) -> Any:
 
 def parse(name: str, argv: Sequence[str]) -> Config:
     """Settings of a command: defaults, then the file of --config, then the options. Exits with 2 on a bad one."""
-    everything, parser = build_parser(None), build_parser(name)
+    everything, parser, argv = build_parser(None), build_parser(name), spelled_out(name, argv)
     parser.add_argument("--config", type=str, default=None, help="YAML or JSON file of settings; options override it")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher, not used")
     found = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
@@ -304,6 +342,15 @@ def parse(name: str, argv: Sequence[str]) -> Config:
     return Config(**vars(instantiate(settings)))
 
 
+def spelled_out(name: str, argv: Sequence[str]) -> list[str]:
+    """The arguments of a command with its short options replaced by the settings they stand for."""
+    short, found = COMMANDS[name].short, []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        found.append(f"--{short[option]}{equals}{value}" if option in short else argument)
+    return found
+
+
 # --- running -----------------------------------------------------------------------------------------------------------
 
 
@@ -313,8 +360,9 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     from lmc_dist.runtime import run
 
     def body() -> int:
-        runtime = join(command)
-        if command.joins == "nobody" and not runtime.is_main:
+        joins = command.joins(config) if callable(command.joins) else command.joins
+        runtime = join(joins)
+        if joins == "nobody" and not runtime.is_main:
             return 0
         outcome = command.work(config, runtime)
         text, status = outcome if isinstance(outcome, tuple) else (outcome, 0)
@@ -325,9 +373,9 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     run(body)
 
 
-def join(command: Command) -> Any:
-    """This process among those that the command runs with. Collective."""
-    if command.joins == "engine":
+def join(joins: Joins) -> Any:
+    """This process among those that a command runs with. Collective."""
+    if joins == "engine":
         from lmc_dist.runtime import init
 
         return init()

@@ -159,6 +159,17 @@ class UnlearnConfig:
         replay_head: Steps, from the first that holds forgotten data on, that are taken as they are before the
             recursion takes over; `auto` until the two agree; `all` is exact replay on the engine that trained.
         head_tolerance: `auto`: relative difference at which they do.
+        tol: A vector stops once what it would still move, at its pace over the last ten steps, is below this share of it;
+            null carries all to the end (or through K steps).
+        units: `joint` computes the sum of all that is forgotten; `sample` or `batch` each one by itself; or a JSON file
+            {name: [ids]} of users or other groups.
+        unit_groups: Groups of ranks that take units from a queue, each with a sharded copy of the model; `auto` makes as
+            many as leave each enough memory.
+        block: Units that go along the trajectory together; `auto` is as many as fit, 8 at most.
+        mark_every: Steps between two marks, from which a run that was cut off goes on; null leaves none.
+        store_units: Keep each unit's correction in the output, so that it can be undone or added later.
+        undo: Units, separated by commas, to take out of the finished run in output_dir.
+        add: Units to put back into it.
     """
 
     hessian_mode: str = "GGN"
@@ -171,6 +182,14 @@ class UnlearnConfig:
     damping: float = 0.0
     replay_head: int | Literal["auto", "all"] = 0
     head_tolerance: float = 0.05
+    tol: float | None = None
+    units: str = "joint"
+    unit_groups: int | Literal["auto"] = 1
+    block: int | Literal["auto"] = "auto"
+    mark_every: int | None = 50
+    store_units: bool = False
+    undo: str | None = None
+    add: str | None = None
 
 
 @dataclass(frozen=True)
@@ -282,7 +301,7 @@ class PlanUnlearnConfig:
     Attributes:
         max_error: Largest rel_error that will do; null recommends what is exact.
         head: Steps of the replayed head that is weighed.
-        block: Vectors at once where each forgotten sample has its own; null is as many as fit, 64 at most.
+        block: Vectors at once where each forgotten sample has its own; null is as many as fit, 8 at most.
         groups: Parts of the ranks that share these.
         controls: Control deletions to measure errors on; the result stays beside the log and later plans use it.
         candidates: Strategies that are measured on them, as `compare` spells them.
@@ -324,6 +343,7 @@ class Config:
         json: File for what a log command finds.
         plot: Picture of loss, update norm and learning rate (`lmc log inspect`), .png, .svg or .pdf.
         resume: Continue the training run whose log is in log_dir from its last snapshot, or begin it.
+        progress: `bar`, `json` (a line a step, for logs) or `none`, of unlearning.
         overwrite: Replace log_dir and model_dir (training), output_dir (unlearning) or the resharded log of an earlier
             run.
     """
@@ -349,4 +369,5 @@ class Config:
     json: str | None = None
     plot: str | None = None
     resume: bool = False
+    progress: Literal["bar", "json", "none"] = "bar"
     overwrite: bool = False

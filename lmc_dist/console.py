@@ -2,34 +2,79 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from typing import Any
 
 
 class StepProgress:
-    """A progress bar over training steps; call it with each step that is done.
+    """Progress over training steps; call it with each step that is done.
 
     Args:
         name: What is running.
         first: First step.
         stop: One past the last.
-        enabled: Whether to show anything.
+        kind: `bar`, `json` (a line a step on standard error) or `none`.
     """
 
-    def __init__(self, name: str, first: int, stop: int, enabled: bool) -> None:
+    def __init__(self, name: str, first: int, stop: int, kind: str) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=stop - first, desc=name, unit="step", disable=not enabled)
-        self.first = first
+        self.bar = tqdm(total=stop - first, desc=name, unit="step", disable=kind != "bar")
+        self.name, self.first, self.stop, self.kind = name, first, stop, kind
+        self.started = time.perf_counter()
 
     def __call__(self, step: int) -> None:
-        if (done := step - self.first + 1) > self.bar.n:
+        done = step - self.first + 1
+        if done > self.bar.n:
             self.bar.update(done - self.bar.n)
+        if self.kind == "json":
+            seconds = time.perf_counter() - self.started
+            left = seconds / done * (self.stop - self.first - done)
+            _line({"method": self.name, "step": step, "seconds": seconds, "seconds_left": left})
 
     def __enter__(self) -> StepProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+
+class UnitProgress:
+    """Progress over forget units; call it with the status after each step.
+
+    Args:
+        num_units: All of them.
+        kind: As of `StepProgress`.
+    """
+
+    def __init__(self, num_units: int, kind: str) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=num_units, desc="units", unit="unit", disable=kind != "bar")
+        self.kind, self.started = kind, time.perf_counter()
+
+    def __call__(self, status: Any) -> None:
+        self.bar.set_postfix_str(
+            f"step {status.step}, {status.active} active, ‖v‖ {status.v_min:.2g} to {status.v_max:.2g}", refresh=False
+        )
+        self.bar.update(status.done - self.bar.n)
+        self.bar.refresh()
+        if self.kind == "json":
+            seconds = time.perf_counter() - self.started
+            left = seconds / status.done * status.left if status.done else None
+            _line({**vars(status), "seconds": seconds, "seconds_left": left})
+
+    def __enter__(self) -> UnitProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def _line(values: dict[str, Any]) -> None:
+    sys.stderr.write(json.dumps(values) + "\n")
 
 
 def unlearning_table(result: dict[str, Any]) -> str:

@@ -40,14 +40,27 @@ def open_logged_run(config: Config, runtime: Runtime) -> LoggedRun:
     log = TrajectoryLog(config.log_dir)
     dataset, tokenizer = build_dataset(config)
     model_config = build_config(config.model, tokenizer)
-    skeleton = build_skeleton(model_config, runtime.device, config.model.attn_implementation)
-    freeze(skeleton, config.model.trainable)
+    skeleton = logged_skeleton(config, model_config, runtime.device)
     check_fingerprints(log, dataset, model_config, skeleton)
+    module = on_shards(skeleton, config, model_config, log, runtime.device)
+    return LoggedRun(log, dataset, tokenizer, model_config, module, DatasetBatches(dataset, runtime.device))
+
+
+def logged_skeleton(config: Config, model_config: Any, device: torch.device) -> torch.nn.Module:
+    """The model without weights, what is not trained frozen. Local."""
+    skeleton = build_skeleton(model_config, device, config.model.attn_implementation)
+    freeze(skeleton, config.model.trainable)
+    return skeleton
+
+
+def on_shards(
+    skeleton: torch.nn.Module, config: Config, model_config: Any, log: TrajectoryLog, device: torch.device
+) -> ShardedModule:
+    """A skeleton on the log's shards. Local."""
     frozen = None
     if config.model.trainable is not None:  # the log holds trained weights only
         frozen = read_frozen(starting_model(config, model_config, log), log.layout)
-    module = ShardedModule(skeleton, log.layout, runtime.device, frozen=frozen)
-    return LoggedRun(log, dataset, tokenizer, model_config, module, DatasetBatches(dataset, runtime.device))
+    return ShardedModule(skeleton, log.layout, device, frozen=frozen)
 
 
 def starting_model(config: Config, model_config: Any, log: TrajectoryLog) -> torch.nn.Module:

@@ -101,6 +101,7 @@ def compute_correction(
     kept: KeptCurvature | None = None,
     replay_head: Length = 0,
     head_tolerance: float = 0.05,
+    tol: float | None = None,
 ) -> Correction:
     """v for a request, propagated through the logged steps (docs/method.md §3). Collective.
 
@@ -119,6 +120,7 @@ def compute_correction(
         replay_head: Steps, from the first that holds forgotten data on, that are replayed before the recursion takes
             over; `auto` replays until the two agree.
         head_tolerance: `auto`: relative difference at which they do.
+        tol: The sweep stops once what v would still move, at its pace over the last ten steps, is below this share of it.
 
     Raises:
         LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, missing steps, K < 0. During
@@ -152,10 +154,10 @@ def compute_correction(
             raise LmcError(no_gradients(trajectory))
     loss = loss or TokenCrossEntropy()
     is_clipped = any(r.clip_coef < 1 for r in records if r.step >= first and r.applied)
-    if kept is not None and rule.is_plain and not is_clipped and not head.is_on:
+    if kept is not None and rule.is_plain and not is_clipped and not head.is_on and tol is None:
         result = kept_sweep(trajectory, kept, module, loss, batches, counterfactual, config, K, progress)
     else:
-        problem = Problem(trajectory, module, loss, batches, counterfactual, config, K, kept)
+        problem = Problem(trajectory, module, loss, batches, counterfactual, config, K, kept, tol)
         result = sweep(problem, head, progress)
     found = result.v, result.audit, result.gradients_equivalent
     return Correction(*found, state=result.state, behind=result.behind, step=result.step)

@@ -49,10 +49,11 @@ EXACT = Tolerance(1e-4, 0.0)
 # bfloat16 keeps 8 bits: of a logged gradient, or of the update that is compared with.
 ROUNDED = Tolerance(3e-2, 0.0)
 # A float32 gradient summed in another order is off by 1e-6 of its size: 1e-4 of an element at the floor. Measured on small
-# models under ZeRO-3 with AdamW, dropout and clipping: 2e-7, and 2e-6 without a floor.
-COMPUTED = Tolerance(2e-3, 1e-2)
-# Training computed in 16 bits, the gradient here is of float32: off by some per cent, at the floor by a multiple of that.
-COARSE = Tolerance(0.3, 0.1)
+# models under ZeRO-3 with AdamW, dropout and clipping: 9e-7 at most, and 2e-5 without a floor.
+COMPUTED = Tolerance(1e-4, 1e-2)
+# Training computed in 16 bits, the gradient here is of float32: measured 0.015 in the first 35 steps from a snapshot, 0.037
+# in 140 (bfloat16, AdamW, momentum); without the floor 0.084.
+COARSE = Tolerance(0.1, 0.1)
 
 
 def logs_gradients(manifest: TrajectoryManifest) -> bool:
@@ -174,8 +175,10 @@ class TrainingPath:
         manifest = self.trajectory.manifest
         if self._is_told(self.trajectory.record(step)):
             dtype = manifest.update_dtype
+        elif not logs_gradients(manifest):
+            return True  # the module here has computed it
         else:
-            dtype = manifest.gradient_dtype if logs_gradients(manifest) else "float32"
+            dtype = manifest.gradient_dtype
         return dtype != "bfloat16" and not trained_coarsely(manifest, step)
 
     def _is_told(self, record: StepRecord) -> bool:

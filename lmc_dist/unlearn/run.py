@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -12,12 +13,14 @@ from typing import Any, Literal
 
 from lmc_dist.config import Config
 from lmc_dist.console import StepProgress
-from lmc_dist.curvature import HVPConfig
+from lmc_dist.curvature import HVPConfig, TokenCrossEntropy
 from lmc_dist.data import PERSON_STRIDE, epoch_order
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import mean_loss, relative_error
-from lmc_dist.logged_run import open_logged_run, starting_model
-from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted
+from lmc_dist.logged_run import logged_skeleton, on_shards, open_logged_run, starting_model
+from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
+from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.training import read_request
 from lmc_dist.trajectory.counterfactual import Counterfactual
@@ -32,6 +35,8 @@ from lmc_dist.unlearn.head import check_head
 from lmc_dist.unlearn.reference import retrain
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.results import write_results
+from lmc_dist.unlearn.sweep import Problem
+from lmc_dist.unlearn.unit_run import check_units, correct, described, units_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +131,7 @@ class UnlearningRun:
             )
             if not self.touched:
                 raise LmcError("no logged step that changed the weights holds any of the forgotten data")
+            self.units = None if config.unlearn.units == "joint" else units_of(config.unlearn, request)
             replays = self.methods()[0].name == REPLAY
             self.log.require(self.touched[0].step, updates=not replays)
             if not replays:
@@ -144,6 +150,7 @@ class UnlearningRun:
         if unlearn.replay_head != "all":
             check_head(unlearn.replay_head, unlearn.head_tolerance)
         self._hvp(unlearn.hessian_mode, unlearn.damping)
+        check_units(unlearn)
         if unlearn.curvature is not None and unlearn.hessian_mode != "low_rank":
             raise LmcError(f"unlearn.curvature is for hessian_mode low_rank, not {unlearn.hessian_mode}")
         self.methods()
@@ -208,6 +215,7 @@ class UnlearningRun:
                 kept=kept,
                 replay_head=method.replay_head,
                 head_tolerance=unlearn.head_tolerance,
+                tol=unlearn.tol,
             )
         return MethodResult(method.name, label, correction, time.perf_counter() - started)
 
@@ -238,8 +246,40 @@ class UnlearningRun:
         certificate = {"verified_steps": result.verified, "bit_exact_world_size": result.exact}
         return Correction(v, (audit,), float(result.steps), theta_hat), certificate
 
+    @property
+    def progress(self) -> str:
+        """What of it is shown on this rank."""
+        return self.config.progress if self.runtime.is_main else "none"
+
+    def correct_units(self, method: Method) -> MethodResult:
+        """Each unit by itself, and their sum. Collective."""
+        assert self.units is not None
+        started, unlearn = time.perf_counter(), self.config.unlearn
+        hvp = self._hvp(method.hessian_mode, method.damping)
+        kept = self.kept if hvp.mode == "low_rank" else None
+        loss = TokenCrossEntropy()
+        problem = Problem(self.log, self.module, loss, self.batches, self.request, hvp, unlearn.K, kept)
+
+        def make_module(layout: ShardLayout) -> ShardedModule:
+            device = self.runtime.device
+            skeleton = logged_skeleton(self.config, self.model_config, device)
+            return on_shards(
+                skeleton, self.config, self.model_config, TrajectoryLog(self.log.path, layout.group), device
+            )
+
+        correction = correct(
+            problem, self.units, unlearn, self.runtime, self.work_dir, self.dataset, make_module, self.progress
+        )
+        label = f"{method.label}, K={'all' if unlearn.K is None else unlearn.K}, by {len(self.units)} units"
+        return MethodResult(method.name, label, correction, time.perf_counter() - started)
+
+    @property
+    def work_dir(self) -> Path:
+        """Where finished units and marks are until the run is."""
+        return self.output_dir.with_name(self.output_dir.name + ".work")
+
     def _progress(self, name: str) -> Any:
-        return StepProgress(name, self.touched[0].step, self.log.num_steps, enabled=self.runtime.is_main)
+        return StepProgress(name, self.touched[0].step, self.log.num_steps, self.progress)
 
     def forgotten_ids(self) -> list[int]:
         """Samples the request is about: its own, or those of its batches."""
@@ -277,7 +317,7 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
     theta = run.log.theta(tau)
     with promoted(run.output_dir) as part:
         first, *others = run.methods()
-        main = run.compute(first, theta)
+        main = run.compute(first, theta) if run.units is None else run.correct_units(first)
         results = [main]
         for other in others:
             try:
@@ -299,7 +339,8 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
             "seconds_retrain": retrain_seconds,
             "gradients_equivalent": main.correction.gradients_equivalent,
             "v_norm": main.correction.v.norm(),
-            "n_units": len(main.correction.audit),
+            "n_units": len(run.units or main.correction.audit),
+            "units": None if run.units is None else described(run.units, run.touched),
             "world_size": runtime.world_size,
             "engine": run.log.manifest.engine,
             "config": asdict(config),
@@ -317,6 +358,12 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
         }
         corrected = main.correction.corrected(theta)
         write_results(part, run.log, run.module, corrected, main.correction, result, run.tokenizer)
+        if config.unlearn.store_units:
+            with agreement():
+                if runtime.is_main:
+                    shutil.copytree(run.work_dir / "units", part / "correction" / "units")
+    if run.units is not None:
+        remove_folder(run.work_dir)
     return result
 
 

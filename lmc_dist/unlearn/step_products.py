@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lmc_dist.curvature import HVPConfig, Loss, LowRank, MicroBatch, hvp_apply, low_rank_basis
+from lmc_dist.planner.facts import model_facts
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import EditedStep
 from lmc_dist.trajectory.kept import KeptCurvature
+from lmc_dist.unlearn.memory_guard import MemoryGuard
 from lmc_dist.unlearn.plan import gradients_per_basis, gradients_per_step
 from lmc_dist.unlearn.source import micro_batches, share
 
@@ -44,6 +46,9 @@ class StepProducts:
         self.block = block
         self.cost = 0.0
         self.missed = None if kept is None else max(window.curvature.missed for window in kept.windows)
+        self.guard: MemoryGuard | None = None
+        if module is not None:
+            self.guard = MemoryGuard(model_facts(module.module), module.layout, module.device)
         self.basis: LowRank | None = None
         self.basis_step = 0
 
@@ -75,7 +80,9 @@ class StepProducts:
         if config.mode == "low_rank":
             basis, calls = self._basis(step, theta, micros, share(edited, "kept"))
         products: list[ShardedVector] = []
-        size = self.block or len(vectors)
+        size = min(self.block or len(vectors), len(vectors))
+        if size > 1 and self.guard is not None and (allowed := self.guard.allow(config.mode, size, micros)) < size:
+            size = self.block = allowed
         for i in range(0, len(vectors), size):
             part = vectors[i : i + size]
             self.cost += gradients_per_step(config, len(part)) * share(edited, "kept")

@@ -322,7 +322,7 @@ class Sweep:
         self, step: int, here: Point, edited: EditedStep, update: ShardedVector, sources: Sequence[Source]
     ) -> None:
         """A step of the head: the joint window takes it as it is, and the trial, if there is one, by its tangent."""
-        injected = self._injected(step, here, update, sources) if self.head.trial or edited.skipped else []
+        injected = self._injected(step, here, update, sources)
         if not self.windows:
             name, nothing = JOINT if self.K is None else f"head-{step}", self.rule.no_deviation(here.theta)
             self.windows.append(Window(name, JOINT, step, self.tau - 1, nothing, 0.0, 0.0, replayed=True))
@@ -332,8 +332,8 @@ class Sweep:
             joint.hvp_calls, trial.hvp_calls = joint.hvp_calls + trial.hvp_calls, 0
             for _, deviation in injected:
                 trial.at.add_(deviation)
-        for source in sources:
-            joint.entered += self._reach(here, source)
+        for i, source in enumerate(sources):
+            joint.entered += self._reach(here, source) if self.rule.keys else (injected[i][1].v.norm())
         if edited.record.applied and edited.skipped:
             joint.at.add_(injected[0][1])
             joint.skipped.append(step)
@@ -346,7 +346,7 @@ class Sweep:
                 dg = b  # v = 0
             else:
                 dg = gradient_change(self.path, step, here, edited, joint.at.v, b)
-            joint.at = self.rule.difference(here, joint.at, dg, len(joint.skipped))
+            joint.at = self.rule.difference(here, joint.at, dg, len(joint.skipped), self.path.state)
             joint.steps += step > joint.tz
         self.guard.measure(self.windows, step, self.tau)
         if step == joint.tz:

@@ -201,10 +201,18 @@ class UpdateRule:
                 out[i].flat[part] = found
         return Deviation(out[0], dict(zip(along.state, out[1:], strict=True)))
 
-    def difference(self, at: Point, along: Deviation, dg: ShardedVector, behind: int = 0) -> Deviation:
+    def difference(self, at: Point, along: Deviation, dg: ShardedVector, behind: int, after: State) -> Deviation:
         """Φ at (θ + v, σ + dσ, g + dg), its counter `behind` steps back, minus Φ at (θ, σ, g): no tangent, the step itself.
 
         Collective where gradients are clipped, else local. In float64, since both are large beside their difference.
+
+        Args:
+            at: The actual step.
+            along: (v, dσ).
+            dg: Of the gradient.
+            behind: As in `tangents`.
+            after: σ after the actual step, as it is kept. dσ is taken from it, so that σ + dσ is what it is to the bit: where
+                the counterfactual run never had a gradient it is 0, and Adam would make a step of any rounding there.
         """
         if at.gradient is None:
             raise LmcError("a step needs its gradient")
@@ -225,7 +233,7 @@ class UpdateRule:
             now = rule(theta + along.v.flat[part], (grad + dg.flat[part]) * coefficient, other, step - behind, lr)
             moved.v.flat[part] = (now[0] - was[0]).to(moved.v.flat.dtype)
             for key in rule.keys:
-                moved.state[key].flat[part] = (now[1][key] - was[1][key]).to(moved.v.flat.dtype)
+                moved.state[key].flat[part] = (now[1][key] - after.vectors[key].flat[part]).to(moved.v.flat.dtype)
         return moved
 
     def clock_gap(self, at: Point, behind: int, before: int = 0) -> Deviation | None:

@@ -101,8 +101,9 @@ class DeepSpeedShards(EngineShards):
     ) -> torch.Tensor:
         return backward_micro_batch(self._engine(), inputs, num_items, scale, is_last)
 
-    def step(self) -> None:
+    def step(self) -> bool:
         self._engine().step()
+        return True
 
     def destroy(self) -> None:
         self._engine().destroy()

@@ -151,8 +151,13 @@ class EngineShards(ABC):
         """
 
     @abstractmethod
-    def step(self) -> None:
-        """Clips, steps the optimizer and clears the gradients. Collective."""
+    def step(self) -> bool:
+        """Clips, steps the optimizer and clears the gradients. Collective.
+
+        Returns:
+            Whether it did: false where float16 overflowed, and the passes are to be run again at the smaller scale that
+            has been set.
+        """
 
     def warm_up(self, inputs: dict[str, torch.Tensor]) -> None:  # noqa: B027
         """Brings a fresh engine to where it computes as one that has stepped before. Collective.

@@ -6,6 +6,7 @@ gradients before the optimizer steps, and a `GradScaler` that finds NaN or infin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -26,10 +27,12 @@ class TorchStepShards(TorchLoopShards):
     Attributes:
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
         wrapper: What the loop calls to run the model.
+        replay_scale: What `run_pass` multiplies the loss by and `step` divides the gradients by, for float16.
     """
 
     scaler: Any = None
     wrapper: Any
+    replay_scale: float = 1.0
     _norm: float | None = None
     _seen: tuple[float, float, ShardedVector | None] | None = None  # max_norm, norm and gradient before clipping
     _steps: int = 0
@@ -175,7 +178,7 @@ class TorchStepShards(TorchLoopShards):
         with self._accumulating(is_local):
             with self._autocast():
                 loss = self.wrapper(**inputs, num_items_in_batch=items).loss
-            (loss * scale).backward()
+            (loss * (scale * self.replay_scale)).backward()
         return loss.detach()
 
     @contextmanager
@@ -183,8 +186,17 @@ class TorchStepShards(TorchLoopShards):
         with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             yield
 
-    def step(self) -> None:
+    def step(self) -> bool:
+        if self.replay_scale > 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.replay_scale)
+            if not math.isfinite(self._norm_of(self._present_gradient())):
+                self.replay_scale /= 2
+                self.base.zero_grad()
+                return False
         if self.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
         self.base.step()
         self.base.zero_grad()
+        return True
