@@ -57,9 +57,18 @@ def train_work(config: Config, runtime: Any) -> Outcome:
 
 
 def unlearn_work(config: Config, runtime: Any) -> Outcome:
-    from lmc_dist.console import unlearning_table
+    from lmc_dist.console import recombined_line, unlearning_table
+
+    if config.unlearn.undo or config.unlearn.add:
+        from lmc_dist.unlearn.recombine import recombine
+
+        return f"{recombined_line(recombine(config, runtime))}\nresults in {config.output_dir}"
     from lmc_dist.unlearn.run import unlearn
 
+    if config.unlearn.strategy == "auto":
+        from lmc_dist.log_commands.plan_unlearn import choose
+
+        config = choose(config, runtime)
     return f"{unlearning_table(unlearn(config, runtime))}\nresults in {config.output_dir}"
 
 
@@ -149,12 +158,35 @@ examples:
       --forget.split forget01 --output_dir runs/tofu/unlearn --reference retrain
   lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.samples 3,203-206
   lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.batches 5,17 --compare replay
+  lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.samples 3,203-206 \\
+      --unlearn.units sample --unlearn.store_units true --output_dir runs/units
+  lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --output_dir runs/units --undo sample-3
+  lmc unlearn --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.split person-57 --strategy auto \\
+      --max_error 0.3
 
 what to forget: --forget.samples takes ids (3,17,20-29) or a .json/.jsonl file of ids, --forget.split the name of a
 split, --forget.batches ids of logged batches.
 """,
-        ("data", "model", "forget", "unlearn", "log_dir", "output_dir", "reference", "compare", "overwrite"),
+        (
+            "data",
+            "model",
+            "forget",
+            "unlearn",
+            "plan_unlearn",
+            "log_dir",
+            "output_dir",
+            "reference",
+            "compare",
+            "progress",
+            "overwrite",
+        ),
         unlearn_work,
+        short={
+            "--strategy": "unlearn.strategy",
+            "--max_error": "plan_unlearn.max_error",
+            "--undo": "unlearn.undo",
+            "--add": "unlearn.add",
+        },
     ),
     "log inspect": Command(
         "What a log holds, on one page: the run, which steps can be forgotten and how, bytes by kind.",

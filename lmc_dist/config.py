@@ -159,6 +159,8 @@ class UnlearnConfig:
         replay_head: Steps, from the first that holds forgotten data on, that are taken as they are before the
             recursion takes over; `auto` until the two agree; `all` is exact replay on the engine that trained.
         head_tolerance: `auto`: relative difference at which they do.
+        strategy: `given` does what these settings say; `auto` plans first (`lmc plan unlearn`) and does what is recommended,
+            the fastest that is known to stay within plan_unlearn.max_error.
         tol: A vector stops once what it would still move, at its pace over the last ten steps, is below this share of it;
             null carries all to the end (or through K steps).
         units: `joint` computes the sum of all that is forgotten; `sample` or `batch` each one by itself; or a JSON file
@@ -182,6 +184,7 @@ class UnlearnConfig:
     damping: float = 0.0
     replay_head: int | Literal["auto", "all"] = 0
     head_tolerance: float = 0.05
+    strategy: Literal["given", "auto"] = "given"
     tol: float | None = None
     units: str = "joint"
     unit_groups: int | Literal["auto"] = 1

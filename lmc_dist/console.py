@@ -98,6 +98,15 @@ def unlearning_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recombined_line(result: dict[str, Any]) -> str:
+    """What units a finished run was set to, as text."""
+    units = result["units"]
+    undone = f", without {', '.join(units['undone'])}" if units["undone"] else ""
+    loss = result["loss_forget"]
+    told = "" if loss is None else f"; loss on what is forgotten {loss:.4f}"
+    return f"{result['n_units']} units in{undone}: ‖v‖ = {result['v_norm']:.4g}{told}"
+
+
 def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 

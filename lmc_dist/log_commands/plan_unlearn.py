@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,22 @@ def plan_unlearn(config: Config, runtime: Runtime) -> str:
     if runtime.is_main:
         write_findings(config.json, to_json(planned))
     return plan_text(planned)
+
+
+def choose(config: Config, runtime: Runtime) -> Config:
+    """The settings of the recommended strategy for a request. Collective.
+
+    Raises:
+        LmcError: Nothing but training anew is possible, and whatever `plan_unlearn` raises.
+    """
+    planned = _with_log(config, runtime)
+    chosen, sentence = recommend(planned.strategies, planned.options.max_error)
+    if chosen is None or not chosen.settings:
+        raise LmcError(f"unlearn.strategy=auto: {sentence} Train anew with --forget to do so")
+    if runtime.is_main:
+        sys.stderr.write(sentence + "\n")
+    settings = {"replay_head": 0, "K": None, "units": "joint", "unit_groups": 1, **chosen.settings}
+    return replace(config, unlearn=replace(config.unlearn, **settings))
 
 
 def _options(config: Config) -> Options:

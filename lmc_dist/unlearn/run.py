@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction
 from lmc_dist.unlearn.head import check_head
+from lmc_dist.unlearn.recombine import UNITS
 from lmc_dist.unlearn.reference import retrain
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.results import write_results
@@ -361,7 +363,7 @@ def unlearn(config: Config, runtime: Runtime) -> dict[str, Any]:
         if config.unlearn.store_units:
             with agreement():
                 if runtime.is_main:
-                    shutil.copytree(run.work_dir / "units", part / "correction" / "units")
+                    shutil.copytree(run.work_dir / "units", part / UNITS, copy_function=os.link)
     if run.units is not None:
         remove_folder(run.work_dir)
     return result

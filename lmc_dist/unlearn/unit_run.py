@@ -180,4 +180,11 @@ def _smallest(value: float | None) -> float | None:
 def described(units: list[Unit], touched: list[StepRecord]) -> Mapping[str, Any]:
     """What result.json says of units."""
     trained = [unit.name for unit in units if any(unit.touches(record) for record in touched)]
-    return {"included": trained, "undone": []}
+    samples = {
+        unit.name: sorted(
+            unit.sample_ids or {i for record in touched if unit.touches(record) for i in record.sample_ids}
+        )
+        for unit in units
+        if unit.name in trained
+    }
+    return {"included": sorted(trained), "undone": [], "samples": samples}
