@@ -124,6 +124,7 @@ def test_make_demo(tmp_path: Path) -> None:
                 words[1:1] = ["--master_port", str(free_port())]
             run(words)
     assert json.loads((tmp_path / "runs" / "b" / "unlearn" / "result.json").read_text())["rel_error"] < 0.5
+    assert json.loads((tmp_path / "runs" / "units" / "result.json").read_text())["units"]["undone"] == ["sample-3"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
     ids = tokenizer("Question: Where", return_tensors="pt").input_ids
     assert model(ids).logits.shape[:2] == ids.shape
@@ -147,7 +148,7 @@ COVERED = {
     "source .venv/bin/activate": "run",  # it puts the environment's programs first on PATH, as activating does
     "lmc train": "test_make_demo",
     "lmc unlearn": "test_make_demo",
-    "lmc plan log": "test_make_demo",
+    "lmc plan": "test_make_demo",
     "lmc log": "test_make_demo",
 }
 

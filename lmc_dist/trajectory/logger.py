@@ -393,6 +393,7 @@ class TrainingLogger:
                     loss=loss,
                     grad_norm=grad_norm,
                     clip_coef=clip_coefficient(grad_norm, shards.max_grad_norm),
+                    loss_scale=attached.loss_scale,
                     applied=applied,
                 )
                 samples = [sample for w in wires for sample in w["samples"]]

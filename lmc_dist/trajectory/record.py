@@ -18,7 +18,7 @@ from lmc_dist.shards.vector import ShardedVector
 # Per-element state by kind, and scalars.
 OptimizerState = tuple[dict[str, ShardedVector], dict[str, float]]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Storage tier → the vectors it keeps of each step: u_s, g_s, θ_{s+1} (which makes u_s redundant).
 TIERS: dict[str, tuple[str, ...]] = {
@@ -74,6 +74,7 @@ class StepRecord:
     loss: float | None = None
     grad_norm: float | None = None
     clip_coef: float = 1.0
+    loss_scale: float = 1.0
     applied: bool = True
     u_norm: float | None = None
     checksum: str | None = None

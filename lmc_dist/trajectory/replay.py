@@ -28,9 +28,6 @@ from lmc_dist.trajectory.reader import FLOATS
 from lmc_dist.trajectory.record import Segment, TrajectoryManifest
 from lmc_dist.trajectory.store import TrajectoryLog
 
-# Gradients in float16 underflow without one: measured, a replay is 0.12 of a deletion off at 1, 4e-4 at 2^10, 1e-4 at 2^14.
-FLOAT16_SCALE = 2.0**14
-
 
 @dataclass(frozen=True)
 class ReplayResult:
@@ -106,10 +103,10 @@ def replay(
 def can_be_exact(shards: EngineShards, segment: Segment) -> bool:
     """Whether the engine rounds as the one did that ran a segment. Local.
 
-    Not in float16: gradients then depend on the loss scale, which is not the logged run's.
+    Not in float16 under DeepSpeed: gradients then depend on the loss scale, which is its own.
     """
     same = (shards.name, shards.layout.world_size) == (segment.engine, segment.world_size)
-    return same and torch.float16 not in (shards.dtype, shards.autocast)
+    return same and (torch.float16 not in (shards.dtype, shards.autocast) or hasattr(shards, "replay_scale"))
 
 
 def warm_up(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int) -> None:
@@ -172,8 +169,6 @@ def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str
     if autocast is not None and autocast not in FLOATS:
         raise LmcError(f"the log computed under autocast {str(autocast)[:40]}, which is no type of torch")
     shards.autocast = None if autocast is None else FLOATS[autocast]
-    if torch.float16 in (shards.dtype, shards.autocast) and hasattr(shards, "replay_scale"):
-        shards.replay_scale = FLOAT16_SCALE  # DeepSpeed brings its own
     return engine
 
 
@@ -222,6 +217,8 @@ def run_step(shards: EngineShards, edited: EditedStep, batches: BatchSource, nor
     """
     for group, lr in zip(shards.param_groups, edited.record.lr, strict=True):
         group["lr"] = lr
+    if hasattr(shards, "replay_scale"):  # DeepSpeed brings its own
+        shards.replay_scale = edited.record.loss_scale
     shards.module.train()
     _run_passes(shards, edited, batches, normalization)
     while not shards.step():

@@ -26,7 +26,7 @@ TABLE_FILE = "steps.sqlite"
 SCHEMA = """
 CREATE TABLE steps (
     step INTEGER PRIMARY KEY, batch_id INTEGER NOT NULL, epoch REAL NOT NULL, micro_steps INTEGER NOT NULL,
-    lr TEXT NOT NULL, loss REAL, denominator REAL NOT NULL, grad_norm REAL, clip_coef REAL NOT NULL,
+    lr TEXT NOT NULL, loss REAL, denominator REAL NOT NULL, grad_norm REAL, clip_coef REAL NOT NULL, loss_scale REAL NOT NULL,
     applied INTEGER NOT NULL, micro_batches TEXT NOT NULL, random_state BLOB, u_norm REAL, checksum TEXT NOT NULL,
     log_checksum TEXT, tensors TEXT, digest TEXT NOT NULL);
 CREATE TABLE samples (id INTEGER PRIMARY KEY, tokens BLOB NOT NULL, pad INTEGER, digest TEXT NOT NULL);
@@ -148,6 +148,7 @@ def encode_row(record: StepRecord, digests: Digests | None) -> dict[str, Any]:
         "denominator": _real(record.denominator),
         "grad_norm": _real(record.grad_norm),
         "clip_coef": _real(record.clip_coef),
+        "loss_scale": _real(record.loss_scale),
         "applied": int(record.applied),
         "micro_batches": json.dumps(micros),
         "random_state": zlib.compress(b"".join(states)) if states else None,
@@ -212,6 +213,7 @@ def _record(row: Mapping[str, Any]) -> StepRecord:
         loss=_maybe(_number, row["loss"]),
         grad_norm=_maybe(_number, row["grad_norm"]),
         clip_coef=_finite(row["clip_coef"]),
+        loss_scale=_finite(row["loss_scale"]),
         applied=bool(row["applied"]),
         u_norm=_maybe(_number, row["u_norm"]),
         checksum=_hexadecimal(row["checksum"]),

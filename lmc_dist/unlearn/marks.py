@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lmc_dist.runtime import agreement
+from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.files import read_json, write_json, write_shard_file
+from lmc_dist.trajectory.files import fsync_path, publish_files, read_json, stage_shard_file, write_json
 from lmc_dist.trajectory.reader import ShardReader
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.windows import RECENT, Window
@@ -35,6 +35,7 @@ class Mark:
         state: σ of the training path.
         cost: Gradients of a whole batch so far.
         worst: See `GrowthGuard`.
+        missed: See `StepProducts`.
     """
 
     step: int
@@ -44,13 +45,14 @@ class Mark:
     state: State
     cost: float
     worst: tuple[float, float, float]
+    missed: float | None
 
 
 class Marks:
-    """Where a sweep leaves its marks; there is one at a time.
+    """Where a sweep leaves its marks, `mark-STEP` each; the one before goes only once the next is whole.
 
     Args:
-        folder: Its folder, `folder/mark`, which `clear` removes.
+        folder: Their folder.
         layout: Of the vectors.
         dtype: Of θ and v.
         every: Steps between two marks.
@@ -60,10 +62,6 @@ class Marks:
         self.folder, self.layout, self.dtype, self.every = folder, layout, dtype, every
         self.newest: int | None = None
 
-    def exists(self) -> bool:
-        """Whether there is one. Local."""
-        return (self.folder / "mark" / "mark.json").exists()
-
     def is_due(self, step: int) -> bool:
         """Whether a mark should be left before a step. Local, the same on all ranks."""
         return step >= (self.newest or 0) + self.every
@@ -71,7 +69,9 @@ class Marks:
     def save(self, mark: Mark) -> None:
         """Replaces the last mark by this one. Collective."""
         part = self.folder / "mark.part"
-        self._remove(part)
+        with agreement(self.layout.group):
+            if self.layout.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
         vectors = {f"sigma-{key}": vector for key, vector in mark.state.vectors.items()}
         for i, window in enumerate(mark.windows):
             vectors |= {f"window-{i}-v": window.at.v}
@@ -80,13 +80,20 @@ class Marks:
             vectors |= {f"sum-{i}-{key}": vector for key, vector in state.items()}
             vectors |= {} if v is None else {f"sum-{i}-v": v}
         with agreement(self.layout.group):
-            for kind, vector in vectors.items():
-                write_shard_file(part, self.layout, dict(vector.items()), {"kind": kind}, kind=kind)
+            publish_files(
+                [
+                    stage_shard_file(part, self.layout, dict(vector.items()), {"kind": kind}, kind=kind)
+                    for kind, vector in vectors.items()
+                ]
+            )
         with agreement(self.layout.group):
             if self.layout.rank == 0:
                 write_json(part / "mark.json", self._description(mark))
-                shutil.rmtree(self.folder / "mark", ignore_errors=True)
-                part.replace(self.folder / "mark")
+                old = self._steps()
+                part.replace(self.folder / f"mark-{mark.step}")
+                fsync_path(self.folder)
+                for step in old:
+                    shutil.rmtree(self.folder / f"mark-{step}", ignore_errors=True)
         self.newest = mark.step
 
     def _description(self, mark: Mark) -> dict[str, Any]:
@@ -108,6 +115,7 @@ class Marks:
             "state": list(mark.state.vectors),
             "cost": mark.cost,
             "worst": list(mark.worst),
+            "missed": mark.missed,
         }
 
     def load(self) -> Mark | None:
@@ -117,9 +125,12 @@ class Marks:
             LmcError: It is damaged.
         """
         with agreement(self.layout.group):
-            folder = self.folder / "mark"
-            if not self.exists():
-                return None
+            steps = self._steps()
+        step = broadcast_object(max(steps, default=None), self.layout.group)
+        if step is None:
+            return None
+        with agreement(self.layout.group):
+            folder = self.folder / f"mark-{step}"
             known = read_json(folder / "mark.json")
 
             def read(kind: str) -> ShardedVector:
@@ -147,9 +158,9 @@ class Marks:
                 state,
                 known["cost"],
                 tuple(known["worst"]),  # type: ignore[arg-type]
+                known["missed"],
             )
 
-    def _remove(self, path: Path) -> None:
-        with agreement(self.layout.group):
-            if self.layout.rank == 0:
-                shutil.rmtree(path, ignore_errors=True)
+    def _steps(self) -> list[int]:
+        """Steps that have a mark. After an interruption there can be two, the older one without some of its files."""
+        return [int(path.name.removeprefix("mark-")) for path in self.folder.glob("mark-*")]

@@ -413,13 +413,14 @@ class Sweep:
         if self.marks is None or not self.marks.is_due(step) or not self.products.is_renewed(step) or not self.left:
             return
         sums = {unit: (total.v, total.state, total.behind, total.audit) for unit, total in self.sums.items()}
-        self.marks.save(Mark(step, self.windows, sums, dict(self.left), self.path.state, self.cost, self.guard.worst))
+        left, worst, missed = dict(self.left), self.guard.worst, self.products.missed
+        self.marks.save(Mark(step, self.windows, sums, left, self.path.state, self.cost, worst, missed))
 
     def _restore(self, mark: Mark) -> int:
         self.windows, self.left = mark.windows, dict(mark.left)
         self.sums = {unit: _Sum(*total) for unit, total in mark.sums.items()}
         self.path.stand(mark.step, mark.state)
-        self._earlier_cost, self.guard.worst = mark.cost, mark.worst
+        self._earlier_cost, self.guard.worst, self.products.missed = mark.cost, mark.worst, mark.missed
         return mark.step
 
 

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import agree, agreement
+from lmc_dist.runtime import agree, agreement, broadcast_object
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.files import read_json, write_json
+from lmc_dist.trajectory.files import fsync_path, read_json, write_json
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, load_full_correction
@@ -156,27 +156,38 @@ class _Pass:
 
     def run(self) -> float:
         """Its cost in gradients. Collective in the group."""
-        with agreement(self.layout.group):
-            left = [unit for unit in self.units if not self._is_done(unit.name)]
+        done = self._done()
+        left = [unit for unit in self.units if unit.name not in done]
         if not left:
+            self._clear()
             return 0.0
         marks = None
         if self.mark_every is not None:
             dtype = torch.promote_types(self.problem.trajectory.dtype, torch.float32)  # type: ignore[attr-defined]
             marks = Marks(self.own, self.layout, dtype, self.mark_every)
-        # A mark is of all units of the pass; without one those that are done need not be swept again.
-        sweep = Sweep(self.problem, self.units if marks is not None and marks.exists() else left, marks=marks)
+        # A mark is of all units of the pass. They go together even where there is none yet: vectors in other company are
+        # the same to rounding only, and what comes of a stopped run is to be the same to the bit.
+        sweep = Sweep(self.problem, left if marks is None else self.units, marks=marks)
         sweep.run(self._keep, lambda step: self._report(sweep, step))
+        self._clear()
+        return sweep.cost
+
+    def _done(self) -> set[str]:
+        """Units of the pass that are finished, as its first rank sees it. Collective in the group."""
+        with agreement(self.layout.group):
+            found = {unit.name for unit in self.units if (self.folder / "units" / unit.name).is_dir()}
+        return broadcast_object(found, self.layout.group)
+
+    def _clear(self) -> None:
+        """Removes the marks. Collective in the group."""
         with agreement(self.layout.group):
             if self.layout.rank == 0:
                 shutil.rmtree(self.own, ignore_errors=True)
-        return sweep.cost
-
-    def _is_done(self, name: str) -> bool:
-        return (self.folder / "units" / name).is_dir()
 
     def _keep(self, result: SweepResult) -> None:
         """Writes a finished unit. Collective in the group."""
+        if result.unit in self._done():  # before the run was stopped, and after the mark that it goes on from
+            return
         found = Correction(result.v, result.audit, 0.0, None, result.state, result.behind, result.step)
         target = self.folder / "units" / result.unit
         part = target.with_name(f"{target.name}.part")
@@ -189,10 +200,8 @@ class _Pass:
                 write_json(part / "audit.json", [asdict(record) for record in result.audit])
         with agreement(self.layout.group):
             if self.layout.rank == 0:
-                if target.exists():  # it was done, but after the mark that this pass goes on from
-                    shutil.rmtree(part)
-                else:
-                    part.replace(target)
+                part.replace(target)
+                fsync_path(target.parent)
 
     def _report(self, sweep: Sweep, step: int) -> None:
         if self.layout.rank != 0:
