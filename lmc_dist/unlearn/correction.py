@@ -28,8 +28,9 @@ from lmc_dist.unlearn.head import Head, Length
 from lmc_dist.unlearn.kept_sweep import kept_sweep
 from lmc_dist.unlearn.optimizer_state import correct_state
 from lmc_dist.unlearn.path import logs_gradients, no_gradients, update_rule
+from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.request import check_request
-from lmc_dist.unlearn.sweep import Problem, sweep
+from lmc_dist.unlearn.sweep import sweep
 from lmc_dist.update_rules import check_supported
 
 DESCRIPTION = "correction.json"

@@ -21,8 +21,8 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_
 from lmc_dist.trajectory.kept import KeptCurvature
 from lmc_dist.trajectory.record import StepRecord, Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
+from lmc_dist.unlearn.problem import SweepResult
 from lmc_dist.unlearn.source import share, source
-from lmc_dist.unlearn.sweep import SweepResult
 from lmc_dist.unlearn.windows import GROWTH_LIMIT
 from lmc_dist.update_rules import Deviation, Point, UpdateRule
 

@@ -16,11 +16,9 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.files import fsync_path, publish_files, read_json, stage_shard_file, write_json
 from lmc_dist.trajectory.reader import ShardReader
 from lmc_dist.unlearn.audit import AuditRecord
+from lmc_dist.unlearn.totals import Total
 from lmc_dist.unlearn.windows import RECENT, Window
 from lmc_dist.update_rules import Deviation, State
-
-# (v, dσ, behind, audit) of a unit's windows that are through
-Total = tuple[ShardedVector | None, dict[str, ShardedVector], int, list[AuditRecord]]
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,9 @@ class Marks:
         for i, window in enumerate(mark.windows):
             vectors |= {f"window-{i}-v": window.at.v}
             vectors |= {f"window-{i}-{key}": vector for key, vector in window.at.state.items()}
-        for i, (v, state, _, _) in enumerate(mark.sums.values()):
-            vectors |= {f"sum-{i}-{key}": vector for key, vector in state.items()}
-            vectors |= {} if v is None else {f"sum-{i}-v": v}
+        for i, total in enumerate(mark.sums.values()):
+            vectors |= {f"sum-{i}-{key}": vector for key, vector in total.state.items()}
+            vectors |= {} if total.v is None else {f"sum-{i}-v": total.v}
         with agreement(self.layout.group):
             publish_files(
                 [
@@ -102,8 +100,13 @@ class Marks:
             return known | {"recent": list(window.recent), "paces": list(window.paces), "kinds": list(window.at.state)}
 
         sums = {
-            unit: {"has_v": v is not None, "kinds": list(state), "behind": behind, "audit": [asdict(a) for a in audit]}
-            for unit, (v, state, behind, audit) in mark.sums.items()
+            unit: {
+                "has_v": total.v is not None,
+                "kinds": list(total.state),
+                "behind": total.behind,
+                "audit": [asdict(record) for record in total.audit],
+            }
+            for unit, total in mark.sums.items()
         }
         return {
             "step": mark.step,
@@ -147,7 +150,7 @@ class Marks:
             for i, (unit, row) in enumerate(known["sums"].items()):
                 found = {key: read(f"sum-{i}-{key}") for key in row["kinds"]}
                 v = read(f"sum-{i}-v") if row["has_v"] else None
-                sums[unit] = (v, found, row["behind"], [AuditRecord(**a) for a in row["audit"]])
+                sums[unit] = Total(v, found, row["behind"], [AuditRecord(**a) for a in row["audit"]])
             state = State({key: read(f"sigma-{key}") for key in known["state"]}, known["counter"])
             self.newest = known["step"]
             return Mark(

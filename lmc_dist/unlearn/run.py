@@ -33,11 +33,11 @@ from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction
 from lmc_dist.unlearn.head import check_head
+from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.recombine import UNITS
 from lmc_dist.unlearn.reference import retrain
 from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.results import write_results
-from lmc_dist.unlearn.sweep import Problem
 from lmc_dist.unlearn.unit_run import check_units, correct, described, units_of
 
 logger = logging.getLogger(__name__)

@@ -15,79 +15,23 @@ counter, and the finite difference between Φ with the one counter and with the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from lmc_dist.curvature import HVPConfig, Loss
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BatchSource
-from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
-from lmc_dist.trajectory.kept import KeptCurvature
-from lmc_dist.trajectory.record import Trajectory
+from lmc_dist.trajectory.counterfactual import EditedStep, edit_step
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.head import Head, gradient_change, kept_gradient
 from lmc_dist.unlearn.marks import Mark, Marks
 from lmc_dist.unlearn.path import TrainingPath
+from lmc_dist.unlearn.problem import Problem, SweepResult
 from lmc_dist.unlearn.source import Source, Sources
 from lmc_dist.unlearn.step_products import StepProducts
+from lmc_dist.unlearn.totals import Totals
 from lmc_dist.unlearn.units import JOINT, Unit, joint_unit
 from lmc_dist.unlearn.windows import GrowthGuard, Window
 from lmc_dist.update_rules import Deviation, Point
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a correction is computed from.
-
-    Attributes:
-        trajectory: The logged run.
-        module: The model on shards, laid out like the trajectory. None with `kept`, where the log keeps gradients and
-            whole batches are forgotten.
-        loss: Its loss.
-        batches: Samples by id; None as `module`.
-        counterfactual: What "without the data" means.
-        config: Curvature and damping.
-        K: Steps each source is propagated; None is all.
-        kept: Curvature computed before, in place of the model's.
-        tol: A unit stops once what it would still move, by its pace over the last steps, is below this share of ‖v‖.
-        block: Vectors that share a curvature product; None is all that are under way.
-    """
-
-    trajectory: Trajectory
-    module: ShardedModule | None
-    loss: Loss
-    batches: BatchSource | None
-    counterfactual: Counterfactual
-    config: HVPConfig
-    K: int | None = None
-    kept: KeptCurvature | None = None
-    tol: float | None = None
-    block: int | None = None
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep found for a unit.
-
-    Attributes:
-        v: θ̂_τ − θ_τ.
-        audit: One record, or one for each window where K truncates.
-        gradients_equivalent: Cost in gradients of a whole batch, of all units of the sweep up to here.
-        state: dσ_τ by kind, of the windows that ran to the end; a window that was cut off keeps the actual state.
-        behind: Steps by which their optimizer's counter lags behind the actual one.
-        step: The actual counter at the end.
-        unit: Whose.
-    """
-
-    v: ShardedVector
-    audit: tuple[AuditRecord, ...]
-    gradients_equivalent: float
-    state: Mapping[str, ShardedVector] = field(default_factory=dict)
-    behind: int = 0
-    step: int = 0
-    unit: str = JOINT
 
 
 def sweep(
@@ -108,16 +52,6 @@ def sweep(
     return results[0]
 
 
-@dataclass
-class _Sum:
-    """What a unit's windows that are through have found."""
-
-    v: ShardedVector | None = None
-    state: dict[str, ShardedVector] = field(default_factory=dict)
-    behind: int = 0
-    audit: list[AuditRecord] = field(default_factory=list)
-
-
 class Sweep:
     """Units on their way along the trajectory.
 
@@ -129,7 +63,7 @@ class Sweep:
 
     Attributes:
         windows: Vectors under way.
-        left: Units that are not through.
+        totals: What units have found that are not through.
         cost: Gradients of a whole batch computed so far.
 
     Raises:
@@ -149,9 +83,8 @@ class Sweep:
         self.rule = self.path.rule
         self.guard = GrowthGuard(self.rule, problem.tol)
         self.windows: list[Window] = []
-        self.sums: dict[str, _Sum] = {}
-        self.left = dict(self.sources.last)  # by unit: its last step with a source
-        if not self.left:
+        self.totals = Totals(dict(self.sources.last), self.tau)
+        if not self.totals.left:
             raise LmcError("no logged step holds any of the forgotten data: there is nothing to correct")
         # Steps that the counterfactual run skips, each with the last step that it is felt in. All units count them, also
         # those that are not theirs: they share one propagator.
@@ -192,7 +125,7 @@ class Sweep:
             begin = max(start, resumed)
             with self.trajectory.read_ahead(begin, stop):
                 for step in range(begin, stop):
-                    if not self.left:
+                    if not self.totals.left:
                         break
                     if self.windows or step in touched:
                         self._step(step, finished)
@@ -361,64 +294,52 @@ class Sweep:
 
     def _retire(self, step: int, finished: Callable[[SweepResult], None]) -> None:
         """Freezes the windows that are through, and hands over the units that are."""
-        through = [w for w in self.windows if step >= w.last_step or (w.is_still and step >= self.left[w.owner])]
+        through = [w for w in self.windows if step >= w.last_step or self.totals.is_rest(w, step)]
         self.windows = [w for w in self.windows if w not in through]
         for window in through:
-            self._freeze(window, step)
-        under_way = {window.owner for window in self.windows}
-        for unit in [u for u, last in self.left.items() if step >= last and u in self.sums and u not in under_way]:
-            del self.left[unit]
-            total = self.sums.pop(unit)
+            self.totals.add(window, step, self._audit(window, step))
+        for unit, total in self.totals.take(step, {window.owner for window in self.windows}):
             assert total.v is not None
-            if not total.state:
-                total.state = dict(self.rule.no_deviation(total.v).state)
+            state = total.state or dict(self.rule.no_deviation(total.v).state)
             counter = self.path.state.step + sum(
                 self.trajectory.record(s).applied for s in range(step + 1, self.tau if self.rule.keys else 0)
             )
-            finished(SweepResult(total.v, tuple(total.audit), self.cost, total.state, total.behind, counter, unit))
+            finished(SweepResult(total.v, tuple(total.audit), self.cost, state, total.behind, counter, unit))
 
-    def _freeze(self, window: Window, step: int) -> None:
-        total = self.sums.setdefault(window.owner, _Sum())
-        total.v = window.at.v if total.v is None else total.v.add_(window.at.v)
-        if step == self.tau - 1:
-            total.behind += len(window.skipped)
-            for key, vector in window.at.state.items():
-                total.state[key] = total.state[key].add_(vector) if key in total.state else vector
-        reason = "end" if step == self.tau - 1 else "K" if step >= window.last_step else "tol"
-        total.audit.append(
-            AuditRecord(
-                unit=window.name,
-                tz=window.tz,
-                tau=self.tau,
-                K_used=window.steps,
-                v_norm=window.norm,
-                v0_norm=window.v0_norm,
-                hvp_calls=window.hvp_calls,
-                mode=self.problem.config.mode if self.problem.kept is None else f"low_rank:{self.problem.kept.name}",
-                damping=self.problem.config.damping,
-                counterfactual=self.problem.counterfactual.kind,
-                replay_head=self.head.steps if window.replayed else 0,
-                stopped_by=reason,
-                seconds=time.perf_counter() - self.started,
-                growth_max=window.growth_max,
-                missed=self.products.missed,
-                head_error=self.head.error if window.replayed else None,
-            )
+    def _audit(self, window: Window, step: int) -> AuditRecord:
+        problem = self.problem
+        return AuditRecord(
+            unit=window.name,
+            tz=window.tz,
+            tau=self.tau,
+            K_used=window.steps,
+            v_norm=window.norm,
+            v0_norm=window.v0_norm,
+            hvp_calls=window.hvp_calls,
+            mode=problem.config.mode if problem.kept is None else f"low_rank:{problem.kept.name}",
+            damping=problem.config.damping,
+            counterfactual=problem.counterfactual.kind,
+            replay_head=self.head.steps if window.replayed else 0,
+            stopped_by="end" if step == self.tau - 1 else "K" if step >= window.last_step else "tol",
+            seconds=time.perf_counter() - self.started,
+            growth_max=window.growth_max,
+            missed=self.products.missed,
+            head_error=self.head.error if window.replayed else None,
         )
 
     # --- marks ---------------------------------------------------------------------------------------------------
 
     def _mark(self, step: int) -> None:
         """Keeps the state before `step`, when it is time and nothing else is carried over to it."""
-        if self.marks is None or not self.marks.is_due(step) or not self.products.is_renewed(step) or not self.left:
+        if self.marks is None or not self.marks.is_due(step) or not self.products.is_renewed(step):
             return
-        sums = {unit: (total.v, total.state, total.behind, total.audit) for unit, total in self.sums.items()}
-        left, worst, missed = dict(self.left), self.guard.worst, self.products.missed
-        self.marks.save(Mark(step, self.windows, sums, left, self.path.state, self.cost, worst, missed))
+        if self.totals.left:
+            totals, worst, missed = self.totals, self.guard.worst, self.products.missed
+            found = totals.sums, dict(totals.left)
+            self.marks.save(Mark(step, self.windows, *found, self.path.state, self.cost, worst, missed))
 
     def _restore(self, mark: Mark) -> int:
-        self.windows, self.left = mark.windows, dict(mark.left)
-        self.sums = {unit: _Sum(*total) for unit, total in mark.sums.items()}
+        self.windows, self.totals.left, self.totals.sums = mark.windows, mark.left, mark.sums
         self.path.stand(mark.step, mark.state)
         self._earlier_cost, self.guard.worst, self.products.missed = mark.cost, mark.worst, mark.missed
         return mark.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -12,6 +13,8 @@ from lmc_dist.errors import LmcError
 from lmc_dist.runtime import broadcast_object
 
 _counter = itertools.count()
+# One group may be at its last pass for days after the others are through.
+_PATIENCE = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class UnitMesh:
         num_groups: Groups.
         group: The group of this rank.
         shard_group: Ranks that share its copy of the model; None is all ranks.
+        everyone: All ranks, for `wait`; None with one group.
         queue: Name of the queue in the job's store, the same on all ranks.
     """
 
     num_groups: int
     group: int = 0
     shard_group: dist.ProcessGroup | None = None
+    everyone: dist.ProcessGroup | None = None
     queue: str = field(default_factory=lambda: f"lmc_dist/units/{next(_counter)}")
 
     def take(self, count: int) -> Iterator[int]:
@@ -51,6 +56,11 @@ class UnitMesh:
         if self.num_groups > 1:
             dist.PrefixStore(self.queue, dist.distributed_c10d._get_default_store()).set("failed", "1")
 
+    def wait(self) -> None:
+        """Waits for the other groups, longer than the job's own timeout lets a collective wait. Collective."""
+        if self.everyone is not None:
+            dist.barrier(self.everyone)
+
 
 def unit_mesh(num_groups: int) -> UnitMesh:
     """The mesh of all ranks in `num_groups` groups of neighbours. Collective.
@@ -66,4 +76,4 @@ def unit_mesh(num_groups: int) -> UnitMesh:
     size = world_size // num_groups
     groups = [dist.new_group(list(range(i * size, (i + 1) * size))) for i in range(num_groups)]
     own = dist.get_rank() // size
-    return UnitMesh(num_groups, own, groups[own])
+    return UnitMesh(num_groups, own, groups[own], dist.new_group(backend="gloo", timeout=_PATIENCE))

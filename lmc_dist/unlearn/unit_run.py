@@ -26,7 +26,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.record import StepRecord
 from lmc_dist.unlearn.correction import Correction
 from lmc_dist.unlearn.memory_guard import USABLE
-from lmc_dist.unlearn.sweep import Problem
+from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.unit_sweeps import correct_units
 from lmc_dist.unlearn.units import Unit, split_request
 

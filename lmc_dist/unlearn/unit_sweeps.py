@@ -31,7 +31,8 @@ from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, load_full_correction
 from lmc_dist.unlearn.marks import Marks
-from lmc_dist.unlearn.sweep import Problem, Sweep, SweepResult
+from lmc_dist.unlearn.problem import Problem, SweepResult
+from lmc_dist.unlearn.sweep import Sweep
 from lmc_dist.unlearn.unit_mesh import unit_mesh
 from lmc_dist.unlearn.units import Unit, passes_of
 
@@ -110,6 +111,7 @@ def correct_units(
     except Exception as caught:  # the other groups finish what they are at
         error = caught
         mesh.fail()
+    mesh.wait()
     agree(error, log.layout.group)
     costs = torch.tensor([cost if problem.trajectory.layout.rank == 0 else 0.0], dtype=torch.float64)
     if log.layout.world_size > 1:

@@ -94,7 +94,8 @@ class GrowthGuard:
             return
         before = window.at.v
         new, across, old = dots([(v, v), (v, before), (before, before)])
-        window.paces.append(math.sqrt(max(new - 2 * across + old, 0.0) / old) if old > 0 else math.inf)
+        if old > 0:
+            window.paces.append(math.sqrt(max(new - 2 * across + old, 0.0) / old))
 
     def measure(self, windows: Sequence[Window], step: int, tau: int) -> None:
         """Norms of all windows after a step, with one all-reduce. Collective.
