@@ -100,3 +100,53 @@ def test_the_planned_strategy_is_carried_out(ranks: Any, config: str, tmp_path: 
     for text in ranks(1).run(command, config, str(tmp_path / "out"), *asked):
         assert "exact replay" in text, text  # the only one whose error is known
     assert result(tmp_path / "out")["config"]["unlearn"]["replay_head"] == "all"
+
+
+def short_of_memory(config: str, folder: Path) -> tuple[float, list[int], str]:
+    """(distance of the units' sum to that with memory enough, vectors at once, what is said where nothing fits)."""
+    import lmc_dist.unlearn.memory_guard as guard
+    from lmc_dist.cli import parse
+    from lmc_dist.config import UnlearnConfig
+    from lmc_dist.curvature import HVPConfig, TokenCrossEntropy
+    from lmc_dist.logged_run import open_logged_run
+    from lmc_dist.planner.facts import model_facts
+    from lmc_dist.planner.reading import log_facts, request_facts
+    from lmc_dist.trajectory.counterfactual import Counterfactual
+    from lmc_dist.unlearn.problem import Problem
+    from lmc_dist.unlearn.unit_run import sizes
+    from lmc_dist.unlearn.unit_sweeps import correct_units
+    from lmc_dist.unlearn.units import split_request
+
+    run = open_logged_run(parse("unlearn", ["--config", config]), this_runtime())
+    request = Counterfactual("renormalize", sample_ids=frozenset({3, 101, 204, 301}))
+    problem = Problem(run.log, run.module, TokenCrossEntropy(), run.batches, request, HVPConfig("GGN"))
+    units = split_request(request)
+    whole = correct_units(problem, units, folder / "whole")
+    model, found = model_facts(run.module.module), []
+    allow, free, needed = guard.MemoryGuard.allow, guard.free_memory, guard.product_bytes
+    try:
+        # A byte a vector: two of them fit on one rank, the other has plenty.
+        def noted(self: Any, mode: str, wanted: int, micros: Any) -> int:
+            found.append(allow(self, mode, wanted, micros))
+            return found[-1]
+
+        rank = this_runtime().rank
+        guard.product_bytes = lambda model, mode, m, passes, world_size: m  # type: ignore[assignment]
+        guard.free_memory = lambda device: (2.5 / guard.USABLE if rank else 1e12, None)  # type: ignore[assignment]
+        guard.MemoryGuard.allow = noted  # type: ignore[method-assign]
+        short = correct_units(problem, units, folder / "short")
+    finally:
+        guard.free_memory, guard.product_bytes = free, needed
+        guard.MemoryGuard.allow = allow  # type: ignore[method-assign]
+    wanted = request_facts(run.log, request, run.batches, run.dataset)
+    facts = log_facts(run.log, model, run.dataset, wanted.first)
+    with pytest.raises(LmcError) as refused:
+        sizes(facts, wanted, UnlearnConfig(), 4, 2, 1e4, None)
+    assert sizes(facts, wanted, UnlearnConfig(unit_groups="auto"), 4, 2, 1e12, None) == (2, 4)
+    return (short.v - whole.v).norm() / whole.v.norm(), found, str(refused.value)
+
+
+def test_fewer_vectors_where_memory_is_short(ranks: Any, config: str, tmp_path: Path) -> None:
+    for distance, at_once, said in ranks(2).run(short_of_memory, config, tmp_path):
+        assert distance <= 1e-6 and at_once and max(at_once) <= 2, (distance, at_once)
+        assert "a sweep of one vector takes" in said and "unit_groups" in said
