@@ -251,9 +251,9 @@ def test_users_are_units_too(ranks: Any, logs: Path, tmp_path: Path) -> None:
 # --- stopped ---------------------------------------------------------------------------------------------------------
 
 
-def die_at(folder: str, event: int, delay: float, victims: tuple[int, ...], rank: int) -> None:
-    """Kills this process `delay` seconds after its n-th operation on the folder's files, removals within it included."""
-    left = event if rank in victims else -1
+def die_at(folder: str, place: str, event: int, delay: float, victim: int, rank: int) -> None:
+    """Kills this process `delay` seconds after its n-th operation on files of the folder with `place` in their names."""
+    left = event if rank == victim else 0
 
     def die() -> None:
         time.sleep(delay)
@@ -261,15 +261,17 @@ def die_at(folder: str, event: int, delay: float, victims: tuple[int, ...], rank
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
         nonlocal left
-        if left < 1 or name not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+        if not left or name not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
             return
-        path = str(args[0])
-        if not path.startswith(folder) and (os.path.isabs(path) or name not in ("os.remove", "os.rmdir")):
-            return  # what `rmtree` removes is named from within its folder
+        path = (
+            os.path.realpath(f"/proc/self/fd/{args[1]}/{args[0]}") if name == "os.remove" and args[1] > 0 else args[0]
+        )
+        if not str(path).startswith(folder) or place not in str(path):
+            return
         left -= 1
         if left == 0:
-            place = f"{name} {path.removeprefix(folder)}" + (" and a while" if delay else "")
-            os.write(2, f"dies at {place} on {threading.current_thread().name}\n".encode())
+            what = f"{name} {str(path).removeprefix(folder)}" + (" and a while" if delay else "")
+            os.write(2, f"dies at {what}\n".encode())
             if delay:
                 threading.Thread(target=die, daemon=True).start()
             else:
@@ -304,15 +306,17 @@ def same_units(a: Path, b: Path) -> bool:
 STOPPED: dict[str, tuple[int, dict[str, Any]]] = {  # kills, how
     "all steps": (3, {}),
     "K=2": (3, {"K": 2}),
-    "K=1, two groups": (3, {"K": 1, "num_groups": 2}),
+    "two groups": (3, {"K": 2, "num_groups": 2, "width": 1}),
     "low_rank": (2, {"K": 2, "mode": "low_rank"}),
 }
+# Where a rank dies: name, which of such operations at most, and whether at once or up to so many seconds later.
+PLACES = (("mark.part", 50, 0.0), ("/mark-", 12, 0.0), ("units/", 25, 0.0), ("", 100, 0.05))
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_bit(ranks: Any, forks: Forks, logs: Path, tmp_path: Path) -> None:
     """Ranks are killed while vectors are carried, marks and units are written; whoever goes on comes to the same bits."""
-    config, chance, told = job_config(logs, "adamw"), random.Random(4), []
+    config, chance, told = job_config(logs, "adamw"), random.Random(5), []
 
     def start(folder: Path, how: dict[str, Any], before: Any = None) -> Group:
         return forks.start(tmp_path / "out", 2, units_job, config, SAMPLES, folder, how, before=before)
@@ -321,39 +325,68 @@ def test_a_killed_run_goes_on_to_the_bit(ranks: Any, forks: Forks, logs: Path, t
         how = {"width": 3, "mark_every": 1, **settings}
         group = start(tmp_path / f"{name}, whole", how)
         assert group.wait() == [0, 0], group.output()
-        folder, done, most = tmp_path / name, 0, 60
-        while True:
-            victim = chance.randrange(2)
-            delay = chance.choice([0.0, chance.uniform(0, 0.05)])
-            before = (
-                partial(die_at, f"{folder}/", chance.randrange(1, most), delay, (victim,)) if done < kills else None
-            )
+        folder, kept, done, tries = tmp_path / name, dict[str, int](), 0, 0
+        while done < kills:
+            place, most, delay = PLACES[len(told) % len(PLACES)]
+            victim, event, tries = 0 if place == "/mark-" else chance.randrange(2), chance.randrange(1, most), tries + 1
+            if is_alone := "num_groups" in how and tries == 1:  # a group is gone, the other does all that is left
+                place, event, delay, victim = "units/", 1, 0.0, 1
+            before = partial(die_at, f"{folder}/", place, event, chance.uniform(0, delay), victim)
             group = start(folder, how, before)
             statuses = group.wait()
-            if statuses == [0, 0]:
-                if done == kills:
-                    break
-                shutil.rmtree(folder)  # it was through before it was to die
+            now = finished_units(folder)
+            assert kept.items() <= now.items(), "finished units were lost, or written again"
+            if statuses[1 - victim] == 0:  # it was through before it was to die
+                assert same_units(folder, tmp_path / f"{name}, whole") and tries < 3 * kills, told
+                shutil.rmtree(folder)
+                kept = {}
                 continue
-            assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] not in (0, -signal.SIGKILL), (
-                group.output()
-            )
-            done += 1
+            assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] in (1, 2), group.output()
+            assert now or not is_alone, group.output()
+            kept, done = now, done + 1
             where = next(line for line in group.output().splitlines() if "dies at" in line)
-            kept = finished_units(folder)
             told.append(f"{name}: {len(kept)} units, {where}")
-            if done == 1 and name == "all steps":
+            if len(told) == 1:
                 shutil.copytree(folder, tmp_path / "for one rank")
+        group = start(folder, how)
+        assert group.wait() == [0, 0], group.output()
         assert same_units(folder, tmp_path / f"{name}, whole"), told
         assert kept.items() <= finished_units(folder).items()
         assert not list((folder / "passes").iterdir()), told
     print(*told, sep="\n")
+    assert all(any(place in each for each in told) for place, _, _ in PLACES), told
     # a run of two ranks goes on with one
     ranks(1).run(units_job, config, SAMPLES, tmp_path / "for one rank", {"width": 3, "mark_every": 1})
     ranks(1).run(joint_job, config, SAMPLES, tmp_path / "joint", None)
     whole = tmp_path / "all steps, whole"
     (errors,) = ranks(1).run(distances, config, tmp_path / "for one rank", tmp_path / "joint", whole)
     assert errors["unit"] <= 1e-6, errors
+
+
+def diverging_job(config: Config, request: Counterfactual, folder: Path, how: dict[str, Any]) -> str:
+    """The first pass goes on from its first step only when another is through."""
+    problem, make = problem_of(config, request, damping=1e6)
+    first = min(r.step for r in problem.trajectory.records() if request.touches(r))
+
+    def progress(status: Status) -> None:
+        deadline = time.monotonic() + 60
+        while status.step == first and not finished_units(folder) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with pytest.raises(LmcError) as caught:
+        correct_units(problem, split_request(request), folder, make, progress=progress, **how)
+    return str(caught.value)
+
+
+def test_a_unit_that_diverges_is_named_and_harms_no_other(ranks: Any, logs: Path, tmp_path: Path) -> None:
+    config = job_config(logs, "adamw")
+    records = {record.step: record for record in TrajectoryLog(config.log_dir).records()}
+    early, late = records[1].sample_ids[0], records[5].sample_ids[0]
+    request = Counterfactual("renormalize", sample_ids=frozenset({early, late}))
+    for said in ranks(4).run(diverging_job, config, request, tmp_path, {"num_groups": 2, "width": 1}):
+        assert f"unit sample-{early}: the correction diverged at step" in said, said
+    assert list(finished_units(tmp_path)) == [f"sample-{late}"]
+    assert [path.name for path in (tmp_path / "units").iterdir()] == [f"sample-{late}"]
 
 
 def refused_job(config: Config, folder: Path, request: Counterfactual, how: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -33,7 +33,7 @@ class UnitMesh:
     group: int = 0
     shard_group: dist.ProcessGroup | None = None
     everyone: dist.ProcessGroup | None = None
-    queue: str = field(default_factory=lambda: f"lmc_dist/units/{next(_counter)}")
+    queue: str = ""
 
     def take(self, count: int) -> Iterator[int]:
         """Numbers 0 … count − 1, each to one group, until none is left or a group has failed. Collective in the group."""
@@ -76,4 +76,7 @@ def unit_mesh(num_groups: int) -> UnitMesh:
     size = world_size // num_groups
     groups = [dist.new_group(list(range(i * size, (i + 1) * size))) for i in range(num_groups)]
     own = dist.get_rank() // size
-    return UnitMesh(num_groups, own, groups[own], dist.new_group(backend="gloo", timeout=_PATIENCE))
+    everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    # Ranks may have counted differently: some of them alone may have made a mesh before.
+    queue = broadcast_object(f"lmc_dist/units/{next(_counter)}")
+    return UnitMesh(num_groups, own, groups[own], everyone, queue)
