@@ -240,6 +240,16 @@ def test_units_do_not_depend_on_what_carries_them(ranks: Any, logs: Path, tmp_pa
             assert max(errors.values()) <= 1e-6, (name, how, errors)
 
 
+def test_low_rank_does_not_depend_on_what_carries_it(ranks: Any, logs: Path, tmp_path: Path) -> None:
+    """Bases are taken at steps that the request decides, also where a pass begins between two of them."""
+    config, how = job_config(logs, "adamw"), {"K": 2, "mode": "low_rank"}
+    ranks(1).run(joint_job, config, SAMPLES, tmp_path / "joint", 2, "low_rank")
+    ranks(1).run(units_job, config, SAMPLES, tmp_path / "one by one", {"width": 1, **how})
+    ranks(2).run(units_job, config, SAMPLES, tmp_path / "together", {"width": 30, **how})
+    (errors,) = ranks(1).run(distances, config, tmp_path / "one by one", tmp_path / "joint", tmp_path / "together")
+    assert max(errors.values()) <= 1e-6, errors
+
+
 def test_users_are_units_too(ranks: Any, logs: Path, tmp_path: Path) -> None:
     config, named = job_config(logs, "sgd"), {"ann": [3, 101], "bob": [5, 102, 204], "cy": [301]}
     (result,) = ranks(1).run(units_job, config, SAMPLES, tmp_path / "units", {"named": named})

@@ -34,6 +34,7 @@ class Mark:
         cost: Gradients of a whole batch so far.
         worst: See `GrowthGuard`.
         missed: See `StepProducts`.
+        basis: `low_rank`: step whose basis was in use.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Mark:
     cost: float
     worst: tuple[float, float, float]
     missed: float | None
+    basis: int | None = None
 
 
 class Marks:
@@ -119,6 +121,7 @@ class Marks:
             "cost": mark.cost,
             "worst": list(mark.worst),
             "missed": mark.missed,
+            "basis": mark.basis,
         }
 
     def load(self) -> Mark | None:
@@ -162,6 +165,7 @@ class Marks:
                 known["cost"],
                 tuple(known["worst"]),  # type: ignore[arg-type]
                 known["missed"],
+                known["basis"],
             )
 
     def _steps(self) -> list[int]:

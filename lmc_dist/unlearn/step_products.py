@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lmc_dist.curvature import HVPConfig, Loss, LowRank, MicroBatch, hvp_apply, low_rank_basis
+from lmc_dist.curvature import HVPConfig, Loss, LowRank, hvp_apply, low_rank_basis
 from lmc_dist.planner.facts import model_facts
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
@@ -26,6 +26,9 @@ class StepProducts:
         batches: Samples by id; None with `kept`.
         kept: Curvature computed before, in place of the model's.
         block: Vectors that share a pass; None is all.
+        anchor: `low_rank`: step whose basis serves a step. It depends on the request alone, so that units have the same
+            curvature in whatever company.
+        at: θ of a step, and the step as the counterfactual has it. Collective.
 
     Attributes:
         cost: Gradients of a whole batch computed so far.
@@ -41,9 +44,11 @@ class StepProducts:
         batches: BatchSource | None,
         kept: KeptCurvature | None = None,
         block: int | None = None,
+        anchor: Callable[[int], int] = lambda step: step,
+        at: Callable[[int], tuple[ShardedVector, EditedStep]] | None = None,
     ) -> None:
         self.config, self.module, self.loss, self.batches, self.kept = config, module, loss, batches, kept
-        self.block = block
+        self.block, self.anchor, self.at = block, anchor, at
         self.cost = 0.0
         self.missed = None if kept is None else max(window.curvature.missed for window in kept.windows)
         self.guard: MemoryGuard | None = None
@@ -51,6 +56,7 @@ class StepProducts:
             self.guard = MemoryGuard(model_facts(module.module), module.layout, module.device)
         self.basis: LowRank | None = None
         self.basis_step = 0
+        self.counted: int | None = None  # anchor of a basis that is in the cost already
 
     def __call__(
         self,
@@ -78,7 +84,7 @@ class StepProducts:
         base = gradient() if config.mode in ("fisher", "secant") else None
         calls, basis = int(config.mode not in ("none", "low_rank")), None
         if config.mode == "low_rank":
-            basis, calls = self._basis(step, theta, micros, share(edited, "kept"))
+            basis, calls = self._basis(step, theta, edited)
         products: list[ShardedVector] = []
         size = min(self.block or len(vectors), len(vectors))
         if size > 1 and self.guard is not None and (allowed := self.guard.allow(config.mode, size, micros)) < size:
@@ -89,17 +95,19 @@ class StepProducts:
             products += hvp_apply(part, config, self.module, self.loss, theta, micros, base, basis=basis)
         return products, calls
 
-    def is_renewed(self, step: int) -> bool:
-        """Whether nothing is carried over to this step: a basis that served before is taken anew in it. Local."""
-        return self.basis is None or step >= self.basis_step + self.config.refresh
-
-    def _basis(self, step: int, theta: ShardedVector, micros: list[MicroBatch], part: float) -> tuple[LowRank, int]:
-        """The eigenpairs in use, taken anew every `refresh` logged steps, and the products that took."""
-        assert self.module is not None
-        products = 0
-        if self.basis is None or self.is_renewed(step):
-            self.basis, self.basis_step = low_rank_basis(self.config, self.module, self.loss, theta, micros), step
+    def _basis(self, step: int, theta: ShardedVector, edited: EditedStep) -> tuple[LowRank, int]:
+        """The eigenpairs in use, and the products that took if they are taken anew."""
+        assert self.module is not None and self.batches is not None
+        anchor, products = self.anchor(step), 0
+        if self.basis is None or self.basis_step != anchor:
+            if anchor != step:  # this sweep, or what was left of it, begins in between
+                assert self.at is not None
+                theta, edited = self.at(anchor)
+            micros = micro_batches(edited, self.batches, self.module, "kept")
+            self.basis = low_rank_basis(self.config, self.module, self.loss, theta, micros)
+            self.basis_step = anchor
             self.missed = max(self.missed or 0.0, self.basis.missed)
-            products = self.basis.products
-            self.cost += gradients_per_basis(self.config, products) * part
+            if anchor != self.counted:
+                products, self.counted = self.basis.products, anchor
+                self.cost += gradients_per_basis(self.config, products) * share(edited, "kept")
         return self.basis, products

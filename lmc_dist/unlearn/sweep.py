@@ -20,7 +20,8 @@ from dataclasses import replace
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.counterfactual import EditedStep, edit_step
+from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
+from lmc_dist.trajectory.record import Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.head import Head, gradient_change, kept_gradient
 from lmc_dist.unlearn.marks import Mark, Marks
@@ -77,7 +78,14 @@ class Sweep:
         self.trajectory, self.K, self.tau = problem.trajectory, problem.K, problem.trajectory.num_steps
         self.path = TrainingPath(self.trajectory, problem.module, problem.loss, problem.batches)
         self.products = StepProducts(
-            problem.config, problem.module, problem.loss, problem.batches, problem.kept, problem.block
+            problem.config,
+            problem.module,
+            problem.loss,
+            problem.batches,
+            problem.kept,
+            problem.block,
+            self._anchor,
+            lambda step: (self.trajectory.theta(step), self._edited(step)),
         )
         self.sources = Sources(units, self.trajectory, problem.module, problem.loss, problem.batches)
         self.rule = self.path.rule
@@ -93,6 +101,7 @@ class Sweep:
             for record in self.trajectory.records()
             if record.applied and problem.counterfactual.touches(record) and self._edited(record.step).skipped
         }
+        self.first = first_touched(self.trajectory, problem.counterfactual)
         self.started = time.perf_counter()
         self._earlier_cost = 0.0
 
@@ -154,6 +163,14 @@ class Sweep:
         counts = None if self.problem.batches is None else self.problem.batches.num_targets
         normalization = self.trajectory.manifest.loss_normalization
         return edit_step(self.trajectory.record(step), self.problem.counterfactual, normalization, counts)  # type: ignore[arg-type]
+
+    def _anchor(self, step: int) -> int:
+        """`low_rank`: the step whose basis serves a step, one every `refresh` steps from the request's first source on."""
+        origin, refresh = self.first + 1, self.problem.config.refresh
+        anchor = origin + (step - origin) // refresh * refresh
+        while not self.trajectory.record(anchor).applied or self._edited(anchor).skipped:
+            anchor += 1
+        return anchor
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -330,19 +347,28 @@ class Sweep:
     # --- marks ---------------------------------------------------------------------------------------------------
 
     def _mark(self, step: int) -> None:
-        """Keeps the state before `step`, when it is time and nothing else is carried over to it."""
-        if self.marks is None or not self.marks.is_due(step) or not self.products.is_renewed(step):
+        """Keeps the state before `step`, when it is time."""
+        if self.marks is None or not self.marks.is_due(step):
             return
         if self.totals.left:
-            totals, worst, missed = self.totals, self.guard.worst, self.products.missed
-            found = totals.sums, dict(totals.left)
-            self.marks.save(Mark(step, self.windows, *found, self.path.state, self.cost, worst, missed))
+            totals, products = self.totals, self.products
+            found = totals.sums, dict(totals.left), self.path.state
+            curvature = products.missed, products.counted
+            self.marks.save(Mark(step, self.windows, *found, self.cost, self.guard.worst, *curvature))
 
     def _restore(self, mark: Mark) -> int:
         self.windows, self.totals.left, self.totals.sums = mark.windows, mark.left, mark.sums
         self.path.stand(mark.step, mark.state)
-        self._earlier_cost, self.guard.worst, self.products.missed = mark.cost, mark.worst, mark.missed
+        self._earlier_cost, self.guard.worst = mark.cost, mark.worst
+        self.products.missed, self.products.counted = mark.missed, mark.basis
         return mark.step
+
+
+def first_touched(trajectory: Trajectory, counterfactual: Counterfactual) -> int:
+    """First applied step that holds forgotten data. Local."""
+    steps = range(trajectory.first_step, trajectory.num_steps)
+    records = (trajectory.record(step) for step in steps)
+    return next(record.step for record in records if record.applied and counterfactual.touches(record))
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
