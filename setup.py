@@ -27,6 +27,8 @@ INSTALL_REQUIRES = [
     "tqdm",
     # the trajectory log: compression and digests
     "xxhash",
+    # the page of `lmc report`; torch brings it too
+    "jinja2",
     # memory that is free
     "psutil",
     "zstandard",
@@ -34,8 +36,24 @@ INSTALL_REQUIRES = [
     "setuptools",
 ]
 
+# `lmc report`: pictures; so does `lmc log inspect --plot`
+REPORT = [
+    "matplotlib",
+]
+
+# `lmc evaluate`
+EVALUATE = [
+    "rouge-score",
+    "scipy",
+]
+
 EXTRAS_REQUIRE = {
+    "evaluate": EVALUATE,
+    "report": REPORT,
     "dev": [
+        *EVALUATE,
+        *REPORT,
+        "scikit-learn",  # the area under the curve, for comparison
         "pytest",
         "pytest-timeout",
         "hypothesis",
@@ -49,9 +67,7 @@ EXTRAS_REQUIRE = {
     # curvlinops-for-pytorch, which tests and benchmarks compare with, is not listed: it depends on torchvision (by way
     # of backpack-for-pytorch, which imports without it), and each torchvision requires one exact torch, so that a
     # resolver would replace the torch that is installed. `make peers` installs it without its dependencies.
-    "bench": [
-        "matplotlib",
-    ],
+    "bench": REPORT,
 }
 
 setup(
@@ -64,6 +80,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["lmc_dist", "lmc_dist.*"]),
+    package_data={"lmc_dist.report": ["page.html"]},
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

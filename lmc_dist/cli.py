@@ -1,4 +1,5 @@
-"""The command line: `lmc train`, `lmc unlearn`, `lmc log …`, `lmc plan …`, and the scripts in launch/ that call the same.
+"""The command line: `lmc train`, `lmc unlearn`, `lmc evaluate`, `lmc report`, `lmc log …`, `lmc plan …`, and
+the scripts in launch/ that call the same.
 
 Nothing heavy is imported before the arguments are understood.
 """
@@ -30,6 +31,7 @@ class Command:
             the settings.
         positional: Arguments without a name → the settings they are, with dots.
         short: Options → the settings that they are short for.
+        several: Arguments of `positional` that may be several; the setting has commas between.
     """
 
     description: str
@@ -39,6 +41,7 @@ class Command:
     joins: Joins | Callable[[Config], Joins] = "engine"
     positional: Mapping[str, str] = field(default_factory=dict)
     short: Mapping[str, str] = field(default_factory=dict)
+    several: tuple[str, ...] = ()
 
 
 # --- what the commands do ----------------------------------------------------------------------------------------------
@@ -70,6 +73,21 @@ def unlearn_work(config: Config, runtime: Any) -> Outcome:
 
         config = choose(config, runtime)
     return f"{unlearning_table(unlearn(config, runtime))}\nresults in {config.output_dir}"
+
+
+def evaluate_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.evaluate.run import evaluate
+
+    result = evaluate(config, runtime)
+    from lmc_dist.evaluate.table import evaluation_table
+
+    return evaluation_table(result)
+
+
+def report_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.report.render import report
+
+    return report(config)
 
 
 def spectrum_work(config: Config, runtime: Any) -> Outcome:
@@ -187,6 +205,41 @@ split, --forget.batches ids of logged batches.
             "--undo": "unlearn.undo",
             "--add": "unlearn.add",
         },
+    ),
+    "evaluate": Command(
+        "Ask models TOFU's questions and compare them with the retrained one: memorisation, truth, membership, utility.",
+        """
+examples:
+  lmc evaluate original=runs/tofu/model unlearned=runs/tofu/unlearn --evaluate.retrain runs/tofu/retrain \\
+      --config configs/tofu.yaml --data.path DATA --forget.split forget01 --json runs/tofu/evaluation.json
+  torchrun --nproc_per_node 2 launch/evaluate.py --config configs/tofu.yaml --data.path DATA --forget.split forget01 \\
+      --evaluate.models unlearned=runs/tofu/unlearn --evaluate.retrain runs/tofu/retrain --evaluate.generate false
+
+A folder is a Hugging Face checkpoint, or the output of an unlearning run; the retrained model is what `lmc train` with the
+same forget option leaves in model_dir. Numbers on what was forgotten are shown as differences to it, since it is the aim:
+knowing less than it is as far off as knowing more.
+""",
+        ("data", "forget", "evaluate", "json"),
+        evaluate_work,
+        positional={"RUN": "evaluate.models"},
+        several=("RUN",),
+    ),
+    "report": Command(
+        "Show finished unlearning runs on one page: error against cost, losses, audit; as HTML, Markdown and CSV.",
+        """
+examples:
+  lmc report runs/unlearn
+  lmc report runs/seed-0 runs/seed-1 runs/seed-2 --output runs/report
+  lmc report runs/unlearn --layers true --overwrite true
+
+A run's evaluation.json (lmc evaluate --json RUN/evaluation.json) is shown too. The page needs no network.
+""",
+        ("report", "overwrite"),
+        report_work,
+        "nobody",
+        {"RUN": "report.runs"},
+        {"--output": "report.output", "--layers": "report.layers"},
+        ("RUN",),
     ),
     "log inspect": Command(
         "What a log holds, on one page: the run, which steps can be forgotten and how, bytes by kind.",
@@ -342,7 +395,8 @@ def build_parser(name: str | None) -> Any:
         default_env=False,
     )
     for argument, setting in {} if command is None else command.positional.items():
-        parser.add_argument(argument, nargs="?", type=str, default=None, help=f"the same as --{setting}")
+        nargs = "*" if command is not None and argument in command.several else "?"
+        parser.add_argument(argument, nargs=nargs, type=str, default=None, help=f"the same as --{setting}")
     skipped = set() if command is None else {f.name for f in fields(Config)} - set(command.settings)
     parser.add_class_arguments(Config, None, skip=skipped)
     return parser
@@ -368,8 +422,9 @@ def parse(name: str, argv: Sequence[str]) -> Config:
         if key not in ("config", "local_rank", *positional) and not key.startswith("__"):
             settings[key] = value
     for argument, setting in positional.items():
-        if given[argument] is not None:
-            settings[setting] = given[argument]
+        value = given[argument]
+        if value not in (None, []):
+            settings[setting] = ",".join(value) if argument in COMMANDS[name].several else value
     instantiate = getattr(everything, "instantiate", None) or everything.instantiate_classes
     return Config(**vars(instantiate(settings)))
 
@@ -424,6 +479,11 @@ def train_command(argv: Sequence[str] | None = None) -> None:
 def unlearn_command(argv: Sequence[str] | None = None) -> None:
     """`lmc unlearn` and launch/unlearn.py."""
     run_command("unlearn", sys.argv[1:] if argv is None else argv)
+
+
+def evaluate_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc evaluate` and launch/evaluate.py."""
+    run_command("evaluate", sys.argv[1:] if argv is None else argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

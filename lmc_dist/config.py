@@ -333,6 +333,48 @@ class PlanUnlearnConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """What `lmc evaluate` compares, on TOFU (`data.path`), for what `forget` names.
+
+    Attributes:
+        models: Model folders, or folders of unlearning runs, as `name=folder,name=folder`.
+        retrain: The model trained without what is forgotten, which all others are measured against.
+        limit: Questions of each set at most, evenly over it; null asks all.
+        batch_size: Samples a rank takes through the model at a time.
+        generate: Also let the models answer, for ROUGE-L and model utility; each rank then loads the whole model.
+        max_new_tokens: Longest answer.
+        min_k: Share of the tokens that the min-k and min-k++ attacks look at.
+        resamples: Draws of the bootstrap behind the intervals.
+    """
+
+    models: str = ""
+    retrain: str | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    generate: bool = True
+    max_new_tokens: int = 200
+    min_k: float = 0.4
+    resamples: int = 1000
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `lmc report` shows, and where.
+
+    Attributes:
+        runs: Folders of finished unlearning runs, separated by commas; those that differ in their seeds alone are shown
+            as mean ± s.d.
+        output: Folder for report.html, report.md and report.csv.
+        layers: Also compare each run with its log and its reference, parameter by parameter (kept as layers.json in the
+            run).
+    """
+
+    runs: str = ""
+    output: str = "report"
+    layers: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run: one file serves training, unlearning and the reference.
 
@@ -343,7 +385,7 @@ class Config:
         reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
         compare: Further methods measured on the same request: `tim`, `fisher`, `diag`, `low_rank`, `ggn`, `fd`, `exact`,
             `secant`, `replay`, separated by commas; `10+exact` and `auto+exact` replay a head first.
-        json: File for what a log command finds.
+        json: File for what a log command or an evaluation finds.
         plot: Picture of loss, update norm and learning rate (`lmc log inspect`), .png, .svg or .pdf.
         resume: Continue the training run whose log is in log_dir from its last snapshot, or begin it.
         progress: `bar`, `json` (a line a step, for logs) or `none`, of unlearning.
@@ -364,6 +406,8 @@ class Config:
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     plan_unlearn: PlanUnlearnConfig = field(default_factory=PlanUnlearnConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     log_dir: str = "runs/log"
     model_dir: str | None = None
     output_dir: str = "runs/unlearn"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from lmc_dist.curvature.loss import Loss, MicroBatch
 from lmc_dist.curvature.second_order import SecondOrder
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
+
+T = TypeVar("T")
 
 
 class ProductEngine:
@@ -48,6 +51,12 @@ class ProductEngine:
         """(summed losses, numbers of targets) of each sample of each of this rank's micro-batches. Collective."""
         with self._prepared():
             return FirstOrder(self.module, self.loss, self.theta, self.micro_batches, [], False).sample_values()
+
+    @torch.no_grad()
+    def map_outputs(self, function: Callable[[torch.Tensor, MicroBatch], T]) -> list[list[T]]:
+        """`function` of the outputs of each chunk of samples of this rank's micro-batches. Collective; the function is local."""
+        with self._prepared():
+            return FirstOrder(self.module, self.loss, self.theta, self.micro_batches, [], False).map_outputs(function)
 
     @property
     def random(self) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +29,8 @@ from lmc_dist.shards.gather import PendingGather, reduce_scatter
 from lmc_dist.shards.module import ShardedModule, get_rng_state, set_rng_state
 from lmc_dist.shards.segments import Call, Parameters, Segment
 from lmc_dist.shards.vector import ShardedVector
+
+T = TypeVar("T")
 
 # Logits are a model's largest tensor: the suffix runs on as many samples at a time as keep them below this size. Small
 # enough for a large cache on a CPU, large enough to fill a GPU with one sample of a real vocabulary.
@@ -208,18 +211,21 @@ class Passes(ABC):
         back = results.to(self.theta.flat.device)
         return [ShardedVector(self.theta.layout, row) for row in back]
 
-    def sample_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(summed losses, numbers of targets) of each sample of each micro-batch. Collective."""
+    def map_outputs(self, function: Callable[[torch.Tensor, MicroBatch], T]) -> list[list[T]]:
+        """`function` of the outputs of each chunk of samples of each micro-batch. Collective; the function is local."""
         self._forward()
         values = []
         for state in self.states:
             self.restore(state, len(state.rng) - 1)
-            parts = []
-            for chunk in self._chunks(state):
-                outputs = chunk.stage(self.outer, chunk.hidden)
-                parts.append(self.loss.sample_values(outputs, chunk.micro))
-            values.append((torch.cat([v for v, _ in parts]), torch.cat([c for _, c in parts])))
+            values.append(
+                [function(chunk.stage(self.outer, chunk.hidden), chunk.micro) for chunk in self._chunks(state)]
+            )
         return values
+
+    def sample_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(summed losses, numbers of targets) of each sample of each micro-batch. Collective."""
+        parts = self.map_outputs(self.loss.sample_values)
+        return [(torch.cat([v for v, _ in found]), torch.cat([c for _, c in found])) for found in parts]
 
     def _suffix(self, inputs: dict[str, torch.Tensor]) -> Stage:
         """What comes after the last block, as a function; the whole model where there are no blocks."""

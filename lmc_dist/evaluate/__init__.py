@@ -1,1 +1,1 @@
-"""How good a correction is."""
+"""How good a correction is: distances in weights, and what models do when asked."""
