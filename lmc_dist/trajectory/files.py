@@ -46,7 +46,7 @@ def fsync_path(path: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Writes a text file under a temporary name, fsyncs, renames."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     fsync_path(part)
     part.replace(path)
     fsync_path(path.parent)
