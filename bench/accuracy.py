@@ -129,7 +129,8 @@ def entry(row: dict[str, Any] | None) -> str:
         return f"failed {row['failed']}/{row['seeds']}"
     lost = f" {row['failed']}/{row['seeds']} failed" if row["failed"] else ""
     head = f" h{row['head']:.0f}" if row["method"] == "auto_ggn" else ""
-    return f"{row['rel_error']:.3f} ± {row['rel_error_sd']:.3f} ({row['ratio']:.0f}){head}{lost}"
+    spread = f" ± {row['rel_error_sd']:.3f}" if row["seeds"] > 1 else ""
+    return f"{row['rel_error']:.3f}{spread} ({row['ratio']:.0f}){head}{lost}"
 
 
 def show_continued(rows: list[dict[str, Any]]) -> None:
