@@ -39,11 +39,12 @@ class HVPConfig:
     """Which curvature, and its damping.
 
     Attributes:
-        mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `secant` (∇L(θ + v) − ∇L(θ), not linear
-            in v), `fisher` (ĝĝᵀ of the logged gradient), `diag` (diagonal of the GGN), `low_rank` (largest eigenpairs of `base`) or `none` (C = 0: first-order rollback).
+        mode: `GGN`, `exact` (Hessian), `fd` (Hessian by differences), `secant` (∇L(θ + v) − ∇L(θ), not linear in
+            v), `fisher` (ĝĝᵀ of the logged gradient), `diag` (diagonal of the GGN), `low_rank` (largest eigenpairs of
+            `base`) or `none` (C = 0: first-order rollback).
         damping: λ ≥ 0; the product is (C + λI) v.
-        keep_activations: `GGN`, `exact`, `fd`, `secant`: keep the forward graphs and the gathered parameters instead of recomputing
-            blocks.
+        keep_activations: `GGN`, `exact`, `fd`, `secant`: keep the forward graphs and the gathered parameters instead of
+            recomputing blocks.
         probes: `diag`: GGN products behind an estimate (curvature/diagonal.py gives its standard error); 0 is the exact
             diagonal, one product a parameter.
         rank: `low_rank`: eigenpairs kept.

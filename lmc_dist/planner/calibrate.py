@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from lmc_dist.curvature import HVPConfig, MicroBatch, TokenCrossEntropy, hvp_apply
 from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.planner.facts import LogFacts, busiest
+from lmc_dist.planner.free_memory import free_memory
 from lmc_dist.planner.machine import Measured
 from lmc_dist.planner.work import gradient_work, product_work, training_work
 from lmc_dist.runtime import broadcast_object
@@ -194,10 +193,3 @@ def _cut(micro: MicroBatch, part: float) -> MicroBatch:
     rows = slice(0, max(1, round(samples * part)))
     inputs = {key: x[rows] if x.dim() and len(x) == samples else x for key, x in micro.inputs.items()}
     return replace(micro, inputs=inputs, targets=micro.targets[rows], weights=micro.weights[rows])
-
-
-def free_memory(device: torch.device) -> tuple[float, float | None]:
-    """Bytes that this rank may still take: of its device, and of the host where the device has its own memory. Local."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    host = psutil.virtual_memory().available / local
-    return (float(torch.cuda.mem_get_info(device)[0]), host) if device.type == "cuda" else (host, None)

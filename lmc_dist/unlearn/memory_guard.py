@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from lmc_dist.curvature import MicroBatch
-from lmc_dist.planner.calibrate import free_memory
 from lmc_dist.planner.facts import ModelFacts, Pass
+from lmc_dist.planner.free_memory import free_memory
 from lmc_dist.planner.memory import product_bytes
 from lmc_dist.shards.layout import ShardLayout
 

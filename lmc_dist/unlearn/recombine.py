@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def recombine(config: Config, runtime: Runtime) -> dict[str, Any]:
         "gradients_equivalent": 0.0,
     }
     with promoted(folder) as part:
-        write_results(part, log, opened.module, corrected, replace(correction), result, opened.tokenizer)
+        write_results(part, log, opened.module, corrected, correction, result, opened.tokenizer)
         with agreement():
             if runtime.is_main:
                 shutil.copytree(folder / UNITS, part / UNITS, copy_function=os.link)

@@ -15,7 +15,7 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import EditedStep
 from lmc_dist.trajectory.record import Trajectory
-from lmc_dist.unlearn.units import Unit, kept_gain, own_loss, step_shares
+from lmc_dist.unlearn.units import Unit, kept_gain, own_loss, sources_by_step, step_shares
 
 
 def micro_batches(
@@ -109,21 +109,10 @@ class Sources:
     ) -> None:
         self.units, self.trajectory, self.module, self.loss, self.batches = units, trajectory, module, loss, batches
         self.cost = 0.0
-        self.steps: list[int] = []
-        self.last: dict[str, int] = {}
-        self._at: dict[int, list[Unit]] = {}
-        by_sample = {i: k for k, unit in enumerate(units) for i in unit.sample_ids}
-        by_batch = {i: k for k, unit in enumerate(units) for i in unit.batch_ids}
-        for step in range(trajectory.first_step, trajectory.num_steps):
-            record = trajectory.record(step)
-            if not record.applied:
-                continue
-            found = {by_sample[i] for i in record.sample_ids if i in by_sample}
-            found |= {by_batch[i] for i in [record.batch_id] if i in by_batch}
-            if found:
-                self._at[step] = [units[k] for k in sorted(found)]
-                self.steps.append(step)
-                self.last |= {units[k].name: step for k in found}
+        present = range(trajectory.first_step, trajectory.num_steps)
+        self._at = sources_by_step(units, (trajectory.record(step) for step in present))
+        self.steps = list(self._at)
+        self.last = {unit.name: step for step, touched in self._at.items() for unit in touched}
 
     def at(self, edited: EditedStep, theta: ShardedVector) -> list[Source]:
         """Those of a step. Collective."""

@@ -33,7 +33,6 @@ class StepProducts:
     Attributes:
         cost: Gradients of a whole batch computed so far.
         missed: `low_rank`: largest share of C z, z random, that a basis left out.
-        calls: Products of each vector so far in this step.
     """
 
     def __init__(

@@ -20,8 +20,7 @@ from dataclasses import replace
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
-from lmc_dist.trajectory.record import Trajectory
+from lmc_dist.trajectory.counterfactual import EditedStep, edit_step
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.head import Head, gradient_change, kept_gradient
 from lmc_dist.unlearn.marks import Mark, Marks
@@ -30,7 +29,7 @@ from lmc_dist.unlearn.problem import Problem, SweepResult
 from lmc_dist.unlearn.source import Source, Sources
 from lmc_dist.unlearn.step_products import StepProducts
 from lmc_dist.unlearn.totals import Totals
-from lmc_dist.unlearn.units import JOINT, Unit, joint_unit
+from lmc_dist.unlearn.units import JOINT, Unit, joint_unit, sources_by_step
 from lmc_dist.unlearn.windows import GrowthGuard, Window
 from lmc_dist.update_rules import Deviation, Point
 
@@ -96,12 +95,9 @@ class Sweep:
             raise LmcError("no logged step holds any of the forgotten data: there is nothing to correct")
         # Steps that the counterfactual run skips, each with the last step that it is felt in. All units count them, also
         # those that are not theirs: they share one propagator.
-        self.felt_until = {
-            record.step: self._last(record.step)
-            for record in self.trajectory.records()
-            if record.applied and problem.counterfactual.touches(record) and self._edited(record.step).skipped
-        }
-        self.first = first_touched(self.trajectory, problem.counterfactual)
+        touched = sources_by_step([joint_unit(problem.counterfactual)], self.trajectory.records())
+        self.felt_until = {step: self._last(step) for step in touched if self._edited(step).skipped}
+        self.first = min(step for step in touched if step >= self.trajectory.first_step)
         self.started = time.perf_counter()
         self._earlier_cost = 0.0
 
@@ -283,7 +279,7 @@ class Sweep:
             for _, deviation in injected:
                 trial.at.add_(deviation)
         for i, source in enumerate(sources):
-            joint.entered += self._reach(here, source) if self.rule.keys else (injected[i][1].v.norm())
+            joint.entered += self._reach(here, source) if self.rule.keys else injected[i][1].v.norm()
         if edited.record.applied and edited.skipped:
             joint.at.add_(injected[0][1])
             joint.skipped.append(step)
@@ -348,13 +344,12 @@ class Sweep:
 
     def _mark(self, step: int) -> None:
         """Keeps the state before `step`, when it is time."""
-        if self.marks is None or not self.marks.is_due(step):
+        if self.marks is None or not self.marks.is_due(step) or not self.totals.left:
             return
-        if self.totals.left:
-            totals, products = self.totals, self.products
-            found = totals.sums, dict(totals.left), self.path.state
-            curvature = products.missed, products.counted
-            self.marks.save(Mark(step, self.windows, *found, self.cost, self.guard.worst, *curvature))
+        totals, products = self.totals, self.products
+        found = totals.sums, dict(totals.left), self.path.state
+        curvature = products.missed, products.counted
+        self.marks.save(Mark(step, self.windows, *found, self.cost, self.guard.worst, *curvature))
 
     def _restore(self, mark: Mark) -> int:
         self.windows, self.totals.left, self.totals.sums = mark.windows, mark.left, mark.sums
@@ -362,13 +357,6 @@ class Sweep:
         self._earlier_cost, self.guard.worst = mark.cost, mark.worst
         self.products.missed, self.products.counted = mark.missed, mark.basis
         return mark.step
-
-
-def first_touched(trajectory: Trajectory, counterfactual: Counterfactual) -> int:
-    """First applied step that holds forgotten data. Local."""
-    steps = range(trajectory.first_step, trajectory.num_steps)
-    records = (trajectory.record(step) for step in steps)
-    return next(record.step for record in records if record.applied and counterfactual.touches(record))
 
 
 def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from lmc_dist.config import UnlearnConfig
 from lmc_dist.console import UnitProgress
 from lmc_dist.errors import LmcError
-from lmc_dist.planner.calibrate import free_memory
 from lmc_dist.planner.facts import LogFacts, RequestFacts, model_facts
+from lmc_dist.planner.free_memory import free_memory
 from lmc_dist.planner.memory import largest_block, largest_step, sweep_peak
 from lmc_dist.planner.reading import log_facts, request_facts
 from lmc_dist.runtime import Runtime, agreement
@@ -28,7 +28,7 @@ from lmc_dist.unlearn.correction import Correction
 from lmc_dist.unlearn.memory_guard import USABLE
 from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.unit_sweeps import correct_units
-from lmc_dist.unlearn.units import Unit, split_request
+from lmc_dist.unlearn.units import Unit, sources_by_step, split_request
 
 MOST = 8  # vectors at once, unless asked otherwise: more of them gain little (bench/hvp.py)
 
@@ -179,12 +179,13 @@ def _smallest(value: float | None) -> float | None:
 
 def described(units: list[Unit], touched: list[StepRecord]) -> Mapping[str, Any]:
     """What result.json says of units."""
-    trained = [unit.name for unit in units if any(unit.touches(record) for record in touched)]
-    samples = {
-        unit.name: sorted(
-            unit.sample_ids or {i for record in touched if unit.touches(record) for i in record.sample_ids}
-        )
-        for unit in units
-        if unit.name in trained
+    records = {record.step: record for record in touched}
+    samples: dict[str, set[int]] = {}
+    for step, present in sources_by_step(units, touched).items():
+        for unit in present:
+            samples.setdefault(unit.name, set()).update(unit.sample_ids or records[step].sample_ids)
+    return {
+        "included": sorted(samples),
+        "undone": [],
+        "samples": {name: sorted(ids) for name, ids in samples.items()},
     }
-    return {"included": sorted(trained), "undone": [], "samples": samples}

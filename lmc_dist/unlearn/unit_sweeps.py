@@ -45,7 +45,7 @@ class Status:
 
     Attributes:
         step: Step that is done.
-        done: Units of all groups that are through.
+        done: Units of all groups that are through, as of when one of this group last was.
         active: Vectors that this group carries.
         left: Units that are not through.
         v_min: Smallest ‖v‖ of these vectors.
@@ -155,6 +155,7 @@ class _Pass:
         self.layout, self.mark_every = problem.trajectory.layout, mark_every
         digest = hashlib.blake2b("\n".join(unit.name for unit in units).encode(), digest_size=8).hexdigest()
         self.own = folder / "passes" / digest
+        self.finished = self._finished()
 
     def run(self) -> float:
         """Its cost in gradients. Collective in the group."""
@@ -204,13 +205,18 @@ class _Pass:
             if self.layout.rank == 0:
                 part.replace(target)
                 fsync_path(target.parent)
+                self.finished = self._finished()
+
+    def _finished(self) -> int:
+        """Units of all groups that are through. Local; looked up only when one of this group is: the folder may be large."""
+        return sum(not path.name.endswith(".part") for path in (self.folder / "units").glob("*"))
 
     def _report(self, sweep: Sweep, step: int) -> None:
         if self.layout.rank != 0:
             return
         norms = [window.norm for window in sweep.windows] or [0.0]
-        done = sum(not path.name.endswith(".part") for path in (self.folder / "units").glob("*"))
-        self.progress(Status(step, done, len(sweep.windows), self.total - done, min(norms), max(norms)))
+        left = self.total - self.finished
+        self.progress(Status(step, self.finished, len(sweep.windows), left, min(norms), max(norms)))
 
 
 def _claim(folder: Path, problem: Problem, units: Sequence[Unit]) -> None:

@@ -102,6 +102,20 @@ class _ShareMicro(EditedMicro):
         return [self.of_kept * gain if keep else loss * mine for keep, mine in zip(self.kept, self.owned, strict=True)]
 
 
+def sources_by_step(units: Sequence[Unit], records: Iterable[StepRecord]) -> dict[int, list[Unit]]:
+    """The units that hold data of each applied step, in their order; steps of which none does are left out. Local."""
+    by_sample = {i: k for k, unit in enumerate(units) for i in unit.sample_ids}
+    by_batch = {i: k for k, unit in enumerate(units) for i in unit.batch_ids}
+    found: dict[int, list[Unit]] = {}
+    for record in records:
+        touched = {by_sample[i] for i in record.sample_ids if i in by_sample}
+        if record.batch_id in by_batch:
+            touched.add(by_batch[record.batch_id])
+        if record.applied and touched:
+            found[record.step] = [units[k] for k in sorted(touched)]
+    return found
+
+
 def step_shares(
     edited: EditedStep, units: Sequence[Unit], normalization: LossNormalization, counts: TargetCounts
 ) -> list[Share]:
@@ -185,14 +199,9 @@ def passes_of(
         width: Vectors at once.
     """
     sources: dict[str, list[int]] = {unit.name: [] for unit in units}
-    by_sample = {i: unit.name for unit in units for i in unit.sample_ids}
-    by_batch = {i: unit.name for unit in units for i in unit.batch_ids}
-    for record in records:
-        if record.applied:
-            names = {by_sample[i] for i in record.sample_ids if i in by_sample}
-            names |= {by_batch[i] for i in [record.batch_id] if i in by_batch}
-            for name in names:
-                sources[name].append(record.step)
+    for step, touched in sources_by_step(units, records).items():
+        for unit in touched:
+            sources[unit.name].append(step)
     passes: list[tuple[list[Unit], list[int]]] = []
     for unit in sorted((u for u in units if sources[u.name]), key=lambda u: (sources[u.name][0], u.name)):
         load = [0] * tau
