@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Iterable
@@ -29,10 +28,9 @@ from typing import Any
 
 from accuracy_cell import METHODS, TRAININGS, Cell
 from accuracy_run import work
-from measure import on_ranks, write_results
+from measure import add_tofu_arguments, on_ranks, write_results
 from tqdm import tqdm
 
-REPO = Path(__file__).resolve().parent.parent
 STEPS, QUICK_STEPS = 150, 30
 NOTHING = "nothing corrected"
 REQUESTS = ("first", "middle", "batch", "1%", "10%")
@@ -152,9 +150,7 @@ def show_continued(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = Path(os.environ.get("LMC_TEST_DATA", REPO.parent / "shared" / "data"))
-    parser.add_argument("--data", default=str(data / "tofu"), help="folder with full.jsonl")
-    parser.add_argument("--model", default=str(data / "models" / "stories260K"), help="checkpoint folder")
+    add_tofu_arguments(parser)
     parser.add_argument("--output", default="runs/accuracy", help="where results and pictures go")
     parser.add_argument("--optimizers", nargs="*", choices=list(TRAININGS), default=list(TRAININGS))
     parser.add_argument("--seeds", type=int, default=5, help="trainings under each optimizer")

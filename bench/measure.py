@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
+
+REPO = Path(__file__).resolve().parent.parent
 
 
 class LiveBytes(TorchDispatchMode):
@@ -100,6 +103,13 @@ def live_peak(call: Callable[[], Any]) -> int:
     with LiveBytes() as live:
         call()
     return live.peak
+
+
+def add_tofu_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--data` and `--model`, by default those of the test data."""
+    folder = Path(os.environ.get("LMC_TEST_DATA", REPO.parent / "shared" / "data"))
+    parser.add_argument("--data", default=str(folder / "tofu"), help="folder with full.jsonl")
+    parser.add_argument("--model", default=str(folder / "models" / "stories260K"), help="checkpoint folder")
 
 
 def write_results(path: str | None, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:

@@ -16,11 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from measure import REPO, add_tofu_arguments
 from tqdm import tqdm
 
 from lmc_dist.ports import free_port
 
-REPO = Path(__file__).resolve().parent.parent
 REQUESTS = {
     "one batch, step 62": ["--forget.batches", "62"],
     "6 samples": ["--forget.samples", "2003,2347,2718,3141,3590,3999"],
@@ -40,9 +40,7 @@ def launch(script: str, *arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = Path(os.environ.get("LMC_TEST_DATA", REPO.parent / "shared" / "data"))
-    parser.add_argument("--data", default=str(data / "tofu"), help="folder with full.jsonl")
-    parser.add_argument("--model", default=str(data / "models" / "stories260K"), help="checkpoint folder")
+    add_tofu_arguments(parser)
     parser.add_argument("--output", default="runs/tofu", help="where log and runs go")
     parser.add_argument("--json", default=None, help="write the rows to this file")
     options = parser.parse_args()

@@ -15,7 +15,6 @@ the run: each unit against the first way's, ‖difference‖/‖v‖, and their 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import tempfile
@@ -26,11 +25,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import interleaved, on_ranks, write_results
+from measure import add_tofu_arguments, interleaved, on_ranks, write_results
 
 from lmc_dist.config import Config, DataConfig, LogConfig, ModelConfig, TrainConfig
 
-REPO = Path(__file__).resolve().parent.parent
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True, **SIZES}
 BATCH, BLOCKS = 8, (1, 8)
@@ -313,15 +311,13 @@ def show(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = Path(os.environ.get("LMC_TEST_DATA", REPO.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=root / "tofu", help="folder with full.jsonl")
-    parser.add_argument("--model", type=Path, default=root / "models" / "stories260K", help="checkpoint folder")
+    add_tofu_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="less of all, once")
     parser.add_argument("--json", default=None, help="write the rows to this file")
     options = parser.parse_args()
     scale = QUICK if options.quick else Scale()
     with tempfile.TemporaryDirectory() as place:
-        folder, data, model = Path(place), options.data.resolve(), options.model.resolve()
+        folder, data, model = Path(place), Path(options.data).resolve(), Path(options.model).resolve()
         configs = [speed_config(folder, scale.short), speed_config(folder, scale.long)]
         on_ranks(1, train, [*configs, same_config(folder, data, model, scale)])
         rows = on_ranks(2, work, folder, data, model, scale)
