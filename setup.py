@@ -80,7 +80,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["lmc_dist", "lmc_dist.*"]),
-    package_data={"lmc_dist.report": ["page.html"]},
+    package_data={"lmc_dist.report": ["page.html"], "lmc_dist.slurm": ["job.sbatch.jinja"]},
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

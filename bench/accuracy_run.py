@@ -146,7 +146,7 @@ class Run:
         rows[1]["seconds"] = rows[2]["seconds"] = seconds
         corrections = {}
         for name, method in METHODS.items():
-            if request in method.left_out:
+            if request in method.left_out or (method.first_only and not self.cell.is_first):
                 continue
             row: dict[str, Any] = {"method": name, "label": method.label, "rel_error": None, "gradients": None, **none}
             started = time.perf_counter()

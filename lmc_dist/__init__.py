@@ -24,6 +24,8 @@ _PUBLIC = {
     "apply_correction": "lmc_dist.unlearn.correction",
     "run_lmcleaner_batch_unlearning": "lmc_dist.unlearn.api",
     "run_lmcleaner_sample_unlearning": "lmc_dist.unlearn.api",
+    "LMCleanerBatchLevel": "lmc_dist.trainers.lmcleaner",
+    "LMCleanerSampleLevel": "lmc_dist.trainers.lmcleaner",
     "LmcError": "lmc_dist.errors",
 }
 

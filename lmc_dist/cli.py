@@ -1,5 +1,5 @@
-"""The command line: `lmc train`, `lmc unlearn`, `lmc evaluate`, `lmc report`, `lmc log …`, `lmc plan …`, and
-the scripts in launch/ that call the same.
+"""The command line: `lmc train`, `lmc unlearn`, `lmc baseline`, `lmc evaluate`, `lmc report`, `lmc sweep`, `lmc cell`,
+`lmc log …`, `lmc plan …`, and the scripts in launch/ that call the same.
 
 Nothing heavy is imported before the arguments are understood.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal
 
 from lmc_dist.config import Config
@@ -52,9 +53,11 @@ def train_work(config: Config, runtime: Any) -> Outcome:
 
     from lmc_dist.console import training_table
     from lmc_dist.log_commands.text import size
+    from lmc_dist.stopping import listen
     from lmc_dist.training import train
     from lmc_dist.trajectory.contents import folder_bytes
 
+    listen()
     text = training_table(train(config, runtime))
     return f"{text} ({size(folder_bytes(Path(config.log_dir)))})"
 
@@ -66,13 +69,22 @@ def unlearn_work(config: Config, runtime: Any) -> Outcome:
         from lmc_dist.unlearn.recombine import recombine
 
         return f"{recombined_line(recombine(config, runtime))}\nresults in {config.output_dir}"
+    from lmc_dist.stopping import listen
     from lmc_dist.unlearn.run import unlearn
 
+    listen()
     if config.unlearn.strategy == "auto":
         from lmc_dist.log_commands.plan_unlearn import choose
 
         config = choose(config, runtime)
     return f"{unlearning_table(unlearn(config, runtime))}\nresults in {config.output_dir}"
+
+
+def baseline_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.baselines.run import baseline
+    from lmc_dist.console import unlearning_table
+
+    return f"{unlearning_table(baseline(config, runtime))}\nresults in {config.output_dir}"
 
 
 def evaluate_work(config: Config, runtime: Any) -> Outcome:
@@ -82,6 +94,24 @@ def evaluate_work(config: Config, runtime: Any) -> Outcome:
     from lmc_dist.evaluate.table import evaluation_table
 
     return evaluation_table(result)
+
+
+def cell_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.sweeps.cell import cell, cell_line
+
+    return cell_line(cell(config, runtime))
+
+
+def sweep_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.sweeps.runner import sweep
+
+    return sweep(config)
+
+
+def slurm_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.slurm.render import render_job
+
+    return render_job(config)
 
 
 def report_work(config: Config, runtime: Any) -> Outcome:
@@ -197,6 +227,7 @@ split, --forget.batches ids of logged batches.
             "compare",
             "progress",
             "overwrite",
+            "wandb",
         ),
         unlearn_work,
         short={
@@ -205,6 +236,37 @@ split, --forget.batches ids of logged batches.
             "--undo": "unlearn.undo",
             "--add": "unlearn.add",
         },
+    ),
+    "baseline": Command(
+        "Answer a request by fine-tuning: retain-only, gradient ascent, GradDiff or NPO, for comparison.",
+        """
+examples:
+  deepspeed --num_accelerators 2 launch/baseline.py --config configs/tofu.yaml --log_dir runs/tofu/log \\
+      --forget.split forget01 --method npo --output_dir runs/tofu/npo --reference runs/tofu/retrain_log
+  lmc baseline --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.samples 3,203-206 \\
+      --method graddiff --baseline.learning_rate 1e-3 --baseline.epochs 3 --output_dir runs/graddiff --reference retrain
+  lmc baseline --config configs/demo.yaml --model.path runs/base --log_dir runs/log --forget.samples 3,203-206 \\
+      --method retain --start runs/unlearn --baseline.max_steps 10 --output_dir runs/unlearn_tuned
+
+It starts from the end of the log, or from the run or model in --start. What fine-tuning alone does, the control of every
+correction with fine-tuning after it, is the last command without --start. The engine is that of train.engine; the output is
+that of `lmc unlearn`.
+""",
+        (
+            "data",
+            "model",
+            "train",
+            "forget",
+            "baseline",
+            "log_dir",
+            "output_dir",
+            "reference",
+            "progress",
+            "overwrite",
+            "wandb",
+        ),
+        baseline_work,
+        short={"--method": "baseline.method", "--start": "baseline.start"},
     ),
     "evaluate": Command(
         "Ask models TOFU's questions and compare them with the retrained one: memorisation, truth, membership, utility.",
@@ -224,13 +286,52 @@ knowing less than it is as far off as knowing more.
         positional={"RUN": "evaluate.models"},
         several=("RUN",),
     ),
+    "sweep": Command(
+        "Run the cells of a W&B sweep file here, one after the other, and compare their methods over seeds.",
+        """
+examples:
+  lmc sweep configs/sweeps/tofu_baselines.yaml configs/sweeps/tofu_lmcleaner.yaml --data DATA/tofu \\
+      --model DATA/models/stories260K --output runs/sweep --ranks 1
+  lmc sweep configs/sweeps/models.yaml --output runs/models --ranks 2 --sweep.dry_run true
+
+What is finished is skipped; a cell that fails is shown at the end, and the exit status is then 1. The same files go to
+`wandb sweep`, and the cells to `wandb agent`, with LMC_DATA, LMC_MODEL, LMC_OUTPUT and LMC_RANKS in the environment.
+""",
+        ("sweep",),
+        sweep_work,
+        "nobody",
+        {"FILE": "sweep.files"},
+        {
+            "--output": "sweep.output",
+            "--data": "sweep.data",
+            "--model": "sweep.model",
+            "--ranks": "sweep.ranks",
+        },
+        ("FILE",),
+    ),
+    "cell": Command(
+        "One cell of a sweep: train, retrain (once for all cells), forget by one method, judge, write one row.",
+        """
+examples:
+  torchrun --standalone --nproc_per_node 2 launch/cell.py --config configs/sweeps/base/tofu.yaml --data.path DATA/tofu \\
+      --model.path DATA/models/stories260K --cell.folder runs/sweep --cell.method lmcleaner --unlearn.K=None \\
+      --forget.split forget01 --train.seed 0
+  lmc cell --config configs/demo.yaml --model.path runs/base --cell.folder runs/sweep --cell.method npo \\
+      --cell.evaluate false --forget.split person-57
+
+`None` stands for null, as wandb's agent writes it.
+""",
+        ("data", "model", "train", "log", "forget", "unlearn", "baseline", "evaluate", "wandb", "cell", "progress"),
+        cell_work,
+    ),
     "report": Command(
-        "Show finished unlearning runs on one page: error against cost, losses, audit; as HTML, Markdown and CSV.",
+        "Show finished unlearning runs or sweeps on one page: error against cost, losses, audit; as HTML, Markdown and CSV.",
         """
 examples:
   lmc report runs/unlearn
   lmc report runs/seed-0 runs/seed-1 runs/seed-2 --output runs/report
   lmc report runs/unlearn --layers true --overwrite true
+  lmc report runs/sweep --output runs/sweep_report
 
 A run's evaluation.json (lmc evaluate --json RUN/evaluation.json) is shown too. The page needs no network.
 """,
@@ -240,6 +341,23 @@ A run's evaluation.json (lmc evaluate --json RUN/evaluation.json) is shown too. 
         {"RUN": "report.runs"},
         {"--output": "report.output", "--layers": "report.layers"},
         ("RUN",),
+    ),
+    "slurm render": Command(
+        "A batch script for SLURM that starts a job on any number of nodes, stops it in time, and lets it go on.",
+        """
+examples:
+  lmc slurm render unlearn --slurm.nodes 2 --slurm.time 02:00:00 --slurm.output unlearn.sbatch
+  lmc slurm render train --config configs/demo.yaml --slurm.launcher srun --slurm.gpus_per_node 0 \\
+      --slurm.ranks_per_node 2 --slurm.arguments "--model.path runs/base --log_dir runs/log"
+  sbatch unlearn.sbatch --config configs/demo.yaml --log_dir runs/log --forget.batches 5
+
+Settings may also stand in the `slurm:` section of the file of --config, which the job then runs with.
+""",
+        ("slurm", "overwrite"),
+        slurm_work,
+        "nobody",
+        {"JOB": "slurm.job"},
+        {"--output": "slurm.output"},
     ),
     "log inspect": Command(
         "What a log holds, on one page: the run, which steps can be forgotten and how, bytes by kind.",
@@ -402,11 +520,18 @@ def build_parser(name: str | None) -> Any:
     return parser
 
 
-def parse(name: str, argv: Sequence[str]) -> Config:
-    """Settings of a command: defaults, then the file of --config, then the options. Exits with 2 on a bad one."""
-    everything, parser, argv = build_parser(None), build_parser(name), spelled_out(name, argv)
+@cache
+def parsers(name: str) -> tuple[Any, Any]:
+    """The parser of all settings, and that of a command; made once, since a sweep parses the options of many cells."""
+    parser = build_parser(name)
     parser.add_argument("--config", type=str, default=None, help="YAML or JSON file of settings; options override it")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the deepspeed launcher, not used")
+    return build_parser(None), parser
+
+
+def parse(name: str, argv: Sequence[str]) -> Config:
+    """Settings of a command: defaults, then the file of --config, then the options. Exits with 2 on a bad one."""
+    (everything, parser), argv = parsers(name), spelled_out(name, argv)
     found = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
     found += [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
     settings = everything.get_defaults()
@@ -415,12 +540,14 @@ def parse(name: str, argv: Sequence[str]) -> Config:
             settings = everything.parse_path(path)
         except (OSError, TypeError) as error:
             parser.error(f"--config {path}: {error}")
-        known = set(parser.get_defaults(skip_validation=True).keys())
-        parser.set_defaults({key: value for key, value in settings.items() if key in known})
+    known = set(parser.get_defaults(skip_validation=True).keys())
+    parser.set_defaults({key: value for key, value in settings.items() if key in known})
     given, positional = parser.parse_args(list(argv)), COMMANDS[name].positional
     for key, value in given.items():
         if key not in ("config", "local_rank", *positional) and not key.startswith("__"):
             settings[key] = value
+    if found and "slurm" in COMMANDS[name].settings and settings["slurm.config"] is None:
+        settings["slurm.config"] = found[-1]  # the job runs with the file that it was rendered from
     for argument, setting in positional.items():
         value = given[argument]
         if value not in (None, []):
@@ -433,6 +560,8 @@ def spelled_out(name: str, argv: Sequence[str]) -> list[str]:
     """The arguments of a command with its short options replaced by the settings they stand for."""
     short, found = COMMANDS[name].short, []
     for argument in argv:
+        if name == "cell" and (argument == "None" or argument.endswith("=None")):  # as wandb's agent writes null
+            argument = argument.removesuffix("None") + "null"
         option, equals, value = argument.partition("=")
         found.append(f"--{short[option]}{equals}{value}" if option in short else argument)
     return found
@@ -463,9 +592,12 @@ def run_command(name: str, argv: Sequence[str]) -> None:
 def join(joins: Joins) -> Any:
     """This process among those that a command runs with. Collective."""
     if joins == "engine":
+        from lmc_dist import watchdog
         from lmc_dist.runtime import init
 
-        return init()
+        runtime = init()
+        watchdog.start(runtime.rank, runtime.world_size)
+        return runtime
     from lmc_dist.log_commands.ranks import join_ranks
 
     return join_ranks()
@@ -481,9 +613,24 @@ def unlearn_command(argv: Sequence[str] | None = None) -> None:
     run_command("unlearn", sys.argv[1:] if argv is None else argv)
 
 
+def baseline_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc baseline` and launch/baseline.py."""
+    run_command("baseline", sys.argv[1:] if argv is None else argv)
+
+
 def evaluate_command(argv: Sequence[str] | None = None) -> None:
     """`lmc evaluate` and launch/evaluate.py."""
     run_command("evaluate", sys.argv[1:] if argv is None else argv)
+
+
+def cell_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc cell` and launch/cell.py."""
+    run_command("cell", sys.argv[1:] if argv is None else argv)
+
+
+def sweep_command(argv: Sequence[str] | None = None) -> None:
+    """`lmc sweep` and launch/sweep.py."""
+    run_command("sweep", sys.argv[1:] if argv is None else argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -333,6 +333,46 @@ class PlanUnlearnConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """What `lmc baseline` trains to forget what `forget` names; its engine is that of `train` (docs/baselines.md).
+
+    Attributes:
+        method: `retain` (fine-tuning on retained samples: the control), `ga` (gradient ascent on forgotten ones),
+            `graddiff` (that, and descent on retained ones) or `npo` (negative preference optimization).
+        start: Folder of a finished unlearning run, or of a model, to start from; null is the end of the log.
+        epochs: Passes over the retained samples (`retain`) or the forgotten ones.
+        max_steps: Stop after this many optimizer steps; null trains all epochs.
+        batch_size: Samples per optimizer step, over all ranks; `graddiff` and `npo` take as many retained ones beside.
+        micro_batch_size: Samples per forward pass on one rank; accumulation follows from it.
+        optimizer: `adamw` or `sgd`, torch's own.
+        learning_rate: Peak learning rate.
+        weight_decay: Applied to matrices; vectors (norms, biases) are not decayed.
+        schedule: Learning-rate schedule by its transformers name (constant, linear, cosine, ...).
+        warmup_steps: Steps of linear warm-up.
+        max_grad_norm: Global-norm clipping; 0 turns it off.
+        beta: `npo`: inverse temperature β > 0.
+        retain_weight: `graddiff`, `npo`: weight α of the loss on retained samples; that on forgotten ones has 1.
+        seed: Of order and dropout; null is train.seed.
+    """
+
+    method: Literal["retain", "ga", "graddiff", "npo"] = "retain"
+    start: str | None = None
+    epochs: int = 5
+    max_steps: int | None = None
+    batch_size: int = 16
+    micro_batch_size: int = 8
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    beta: float = 0.1
+    retain_weight: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What `lmc evaluate` compares, on TOFU (`data.path`), for what `forget` names.
 
@@ -358,12 +398,127 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases (docs/sweeps.md).
+
+    Attributes:
+        project: Where runs go; null tracks nothing.
+        name: Of the run; null lets wandb make one up.
+        group: Of runs that belong together.
+        tags: Separated by commas.
+        mode: `online`, `offline` (to disk alone), `disabled`, or `auto`: what WANDB_MODE says, else `offline` where there is
+            no key.
+    """
+
+    project: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: str = ""
+    mode: Literal["online", "offline", "disabled", "auto"] = "auto"
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """What `lmc cell` does: one method of a sweep, judged against retraining (docs/sweeps.md).
+
+    Attributes:
+        method: `do_nothing`, `retrain`, `replay`, `tim` (first-order rollback), `lmcleaner` (as `unlearn` says), or a
+            baseline (`retain`, `ga`, `graddiff`, `npo`, as `baseline` says).
+        folder: Of the sweep; cells that agree in training share its logged run, and those that also agree in what is
+            forgotten its retrain.
+        post_epochs: `lmcleaner`, `tim`, `replay`: passes over retained samples afterwards, as `baseline` says of `retain`.
+        evaluate: Ask TOFU's questions too (`evaluate`); false, for other data, gives distances of weights and losses.
+        keep_models: Keep the cell's model and correction, which are no longer needed once they are judged.
+    """
+
+    method: Literal["do_nothing", "retrain", "replay", "tim", "lmcleaner", "retain", "ga", "graddiff", "npo"] = (
+        "lmcleaner"
+    )
+    folder: str = "runs/sweep"
+    post_epochs: int = 0
+    evaluate: bool = True
+    keep_models: bool = False
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What `lmc sweep` runs, a cell after the other; the files are those of `wandb sweep` (docs/sweeps.md).
+
+    Attributes:
+        files: Sweep files, separated by commas.
+        output: Folder of the sweep: LMC_OUTPUT in the files' commands; null takes that of the environment.
+        data: Folder of the data: LMC_DATA; null likewise.
+        model: Folder of the model: LMC_MODEL; null likewise.
+        ranks: Processes of each cell: LMC_RANKS; null likewise.
+        seed: Of the draws where a file's method is `random`.
+        retry: Run cells again that failed in an earlier run.
+        remove_logs: Remove the trained models and logs that cells share, once all cells are finished.
+        dry_run: Only print the command lines.
+    """
+
+    files: str = ""
+    output: str | None = None
+    data: str | None = None
+    model: str | None = None
+    ranks: int | None = None
+    seed: int = 0
+    retry: bool = True
+    remove_logs: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """What `lmc slurm render` fills in.
+
+    Attributes:
+        job: `train`, `unlearn` or `sweep`.
+        config: File of settings that the job runs with; null is that of --config.
+        arguments: Further options of the job, as on a command line.
+        output: File for the script; null prints it.
+        name: Of the job; null is lmc-JOB.
+        nodes: Nodes.
+        ranks_per_node: Processes on each.
+        cpus_per_rank: Cores of each process.
+        gpus_per_node: GPUs of a node, one a process; 0 asks for none.
+        memory: Of a node, as SLURM spells it; null is the site's default.
+        partition: Partition; null is the site's default.
+        account: Account; null is the user's own.
+        time: Time limit, as SLURM spells it; null is the site's.
+        array: Tasks of the array (`sweep`).
+        launcher: `torchrun`, `deepspeed`, or `srun` (a task a rank).
+        grace: Seconds before the time limit at which the job is told to stop.
+        logs: Folder for what ranks print, relative to where the job is submitted.
+        setup: Shell lines that prepare a node, such as `module load cuda`.
+    """
+
+    job: str = "unlearn"
+    config: str | None = None
+    arguments: str = ""
+    output: str | None = None
+    name: str | None = None
+    nodes: int = 1
+    ranks_per_node: int = 8
+    cpus_per_rank: int = 8
+    gpus_per_node: int = 8
+    memory: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    array: int = 4
+    launcher: Literal["torchrun", "deepspeed", "srun"] = "torchrun"
+    grace: int = 120
+    logs: str = "logs"
+    setup: str = ""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What `lmc report` shows, and where.
 
     Attributes:
-        runs: Folders of finished unlearning runs, separated by commas; those that differ in their seeds alone are shown
-            as mean ± s.d.
+        runs: Folders of finished unlearning runs or of sweeps, separated by commas; runs that differ in their seeds alone
+            are shown as mean ± s.d.
         output: Folder for report.html, report.md and report.csv.
         layers: Also compare each run with its log and its reference, parameter by parameter (kept as layers.json in the
             run).
@@ -382,7 +537,8 @@ class Config:
         log_dir: Folder of the trajectory log.
         model_dir: Where training writes the fine-tuned model as a Hugging Face checkpoint; null does not.
         output_dir: Folder that an unlearning run writes.
-        reference: What the correction is measured against: `retrain` (a separate training run), `replay` or `none`.
+        reference: What the correction is measured against: `retrain` (a separate training run), `replay`, `none`, or the
+            folder of a retrain's log (`lmc train` with the same forget option).
         compare: Further methods measured on the same request: `tim`, `fisher`, `diag`, `low_rank`, `ggn`, `fd`, `exact`,
             `secant`, `replay`, separated by commas; `10+exact` and `auto+exact` replay a head first.
         json: File for what a log command or an evaluation finds.
@@ -406,12 +562,17 @@ class Config:
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     plan_unlearn: PlanUnlearnConfig = field(default_factory=PlanUnlearnConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    cell: CellConfig = field(default_factory=CellConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     log_dir: str = "runs/log"
     model_dir: str | None = None
     output_dir: str = "runs/unlearn"
-    reference: Literal["none", "retrain", "replay"] = "none"
+    reference: str = "none"
     compare: str = ""
     json: str | None = None
     plot: str | None = None

@@ -5,34 +5,48 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmc_dist.unlearn.status import Status
+
+
+# What is told of a step: {method, step, seconds, seconds_left}, and of a correction `Status` too.
+Listener = Callable[[dict[str, Any]], None]
 
 
 class StepProgress:
-    """Progress over training steps; call it with each step that is done.
+    """Progress over steps; call it with each step that is done, or with the status after it.
 
     Args:
         name: What is running.
         first: First step.
         stop: One past the last.
         kind: `bar`, `json` (a line a step on standard error) or `none`.
+        listeners: Told the same.
     """
 
-    def __init__(self, name: str, first: int, stop: int, kind: str) -> None:
+    def __init__(self, name: str, first: int, stop: int, kind: str, listeners: Sequence[Listener] = ()) -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(total=stop - first, desc=name, unit="step", disable=kind != "bar")
-        self.name, self.first, self.stop, self.kind = name, first, stop, kind
+        self.name, self.first, self.stop = name, first, stop
+        self.listeners = _with_lines(kind, listeners)
         self.started = time.perf_counter()
 
-    def __call__(self, step: int) -> None:
-        done = step - self.first + 1
-        if done > self.bar.n:
-            self.bar.update(done - self.bar.n)
-        if self.kind == "json":
-            seconds = time.perf_counter() - self.started
-            left = seconds / done * (self.stop - self.first - done)
-            _line({"method": self.name, "step": step, "seconds": seconds, "seconds_left": left})
+    def __call__(self, at: int | Status) -> None:
+        step = at if isinstance(at, int) else at.step
+        done, seconds = step - self.first + 1, time.perf_counter() - self.started
+        if done < 1:  # a replay begins before the first step that changes
+            return
+        if not isinstance(at, int):
+            growth = "" if at.growth is None else f", × {at.growth:.3f} a step"
+            self.bar.set_postfix_str(f"‖v‖ {at.v_max:.3g}{growth}", refresh=False)
+        self.bar.update(max(done - self.bar.n, 0))
+        # A replay begins at a snapshot before the first of them.
+        left = seconds / done * (self.stop - self.first - done) if done > 0 else None
+        _tell(self.listeners, self.name, at, seconds, left)
 
     def __enter__(self) -> StepProgress:
         return self
@@ -45,32 +59,44 @@ class UnitProgress:
     """Progress over forget units; call it with the status after each step.
 
     Args:
+        name: How they are corrected.
         num_units: All of them.
         kind: As of `StepProgress`.
+        listeners: As there.
     """
 
-    def __init__(self, num_units: int, kind: str) -> None:
+    def __init__(self, name: str, num_units: int, kind: str, listeners: Sequence[Listener] = ()) -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(total=num_units, desc="units", unit="unit", disable=kind != "bar")
-        self.kind, self.started = kind, time.perf_counter()
+        self.name, self.started = name, time.perf_counter()
+        self.listeners = _with_lines(kind, listeners)
 
-    def __call__(self, status: Any) -> None:
+    def __call__(self, status: Status) -> None:
         self.bar.set_postfix_str(
             f"step {status.step}, {status.active} active, ‖v‖ {status.v_min:.2g} to {status.v_max:.2g}", refresh=False
         )
         self.bar.update(status.done - self.bar.n)
         self.bar.refresh()
-        if self.kind == "json":
-            seconds = time.perf_counter() - self.started
-            left = seconds / status.done * status.left if status.done else None
-            _line({**vars(status), "seconds": seconds, "seconds_left": left})
+        seconds = time.perf_counter() - self.started
+        left = seconds / status.done * status.left if status.done else None
+        _tell(self.listeners, self.name, status, seconds, left)
 
     def __enter__(self) -> UnitProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+
+def _tell(listeners: Sequence[Listener], name: str, at: int | Status, seconds: float, left: float | None) -> None:
+    found = {"step": at} if isinstance(at, int) else {**vars(at), "v_norm": at.v_max}
+    for listener in listeners:
+        listener({"method": name, **found, "seconds": seconds, "seconds_left": left})
+
+
+def _with_lines(kind: str, listeners: Sequence[Listener]) -> list[Listener]:
+    return [*([_line] if kind == "json" else []), *listeners]
 
 
 def _line(values: dict[str, Any]) -> None:

@@ -1,8 +1,12 @@
-"""The one error users see: bad input, a damaged log, an impossible request."""
+"""The errors users see: bad input, a damaged log, an impossible request; and the end of a job that was asked to stop."""
 
 
 class LmcError(ValueError):
     """Says what is wrong, where, and what to do; raised on every rank before any long work."""
+
+
+class Stopped(LmcError):
+    """A job ends because it was asked to, with all it has done on disk: the same command goes on where it stopped."""
 
 
 def first_line(error: Exception) -> str:

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lmc_dist.errors import LmcError
+from lmc_dist import watchdog
+from lmc_dist.errors import LmcError, Stopped
 from lmc_dist.ports import free_port
+from lmc_dist.stopping import confirm
 
 logger = logging.getLogger("lmc_dist")
 
@@ -134,6 +136,10 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> No
     dist.all_gather_object(messages, None if error is None else describe(error), group=group)
     rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
     everywhere = len({m for m in messages if m is not None}) == 1 and None not in messages
+    stops = torch.tensor([int(error is None or isinstance(error, Stopped))])
+    dist.all_reduce(stops, dist.ReduceOp.MIN, group=group)
+    if int(stops):
+        raise Stopped(message) from error
     raise AgreedError(message if everywhere else f"rank {rank}: {message}") from error
 
 
@@ -231,8 +237,14 @@ def cpu_group() -> dist.ProcessGroup | None:
     return _cpu_groups[default]
 
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a command on this rank and leaves the process with the status it returns (None is 0), or 2 after an LmcError.
+    """Runs a command on this rank and leaves the process with the status it returns (None is 0).
+
+    After an LmcError the status is 2, after a stop that was asked for 75, after anything else 1; where ranks died, which
+    ones is said (lmc_dist/watchdog.py).
 
     Leaves by `os._exit`: with gloo a process that has finished all its work sometimes aborts in static destructors,
     and the launcher would report a failure. An error is never hidden by it.
@@ -243,9 +255,13 @@ def run(main: Callable[[], int | None]) -> None:
         if dist.is_initialized():
             dist.barrier()
     except LmcError as error:
-        status = 2
+        status = STOPPED if isinstance(error, Stopped) else 2
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not isinstance(error, AgreedError):
+        if isinstance(error, Stopped):
+            if rank == 0:
+                confirm()
+                sys.stderr.write(f"{error}\n")
+        elif rank == 0 or not isinstance(error, AgreedError):
             prefix = "" if rank == 0 else f"rank {rank}: "
             sys.stderr.write(f"error: {prefix}{error}\n")
     except KeyboardInterrupt:
@@ -255,6 +271,8 @@ def run(main: Callable[[], int | None]) -> None:
 
         traceback.print_exc()
         status = 1
+        watchdog.explain()
+    watchdog.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

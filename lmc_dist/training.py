@@ -36,6 +36,7 @@ from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, re
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine as build_any_engine
 from lmc_dist.shards.frozen import read_frozen
+from lmc_dist.stopping import stop_asked, stopped
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import MANIFEST_FILE, write_json
 from lmc_dist.trajectory.lock import require_free
@@ -305,6 +306,7 @@ class Trainer:
                     if loss is not None:
                         losses.append(loss)
                         bar.set_postfix(loss=f"{loss:.4f}")
+                    self._stop_if_asked(step + 1)
                 self.scheduler.step()
         except BaseException:
             self.logger.detach()
@@ -326,6 +328,15 @@ class Trainer:
             "world_size": self.runtime.world_size,
             "log_dir": str(self.config.log_dir),
         }
+
+    def _stop_if_asked(self, done: int) -> None:
+        """Leaves a snapshot after which the run can go on, and ends it, where some rank was asked to. Collective."""
+        reason = stop_asked()
+        if reason is None or done == self.schedule.num_steps:
+            return
+        self.logger.save_to_disk()
+        what = f"training stopped after step {done} of {self.schedule.num_steps}"
+        raise stopped(f"{what} (the same command with --resume true goes on)", reason)
 
     def _step(self, step: int, ids: list[int]) -> float | None:
         """One optimizer step; returns the loss of the global batch, None for a step that does not happen."""
@@ -397,19 +408,19 @@ def check_same_config(log_dir: Path, config: Config) -> None:
                 )
 
 
-def check_train_config(config: Config) -> None:
-    """Bounds of the training settings."""
+def check_train_config(config: Config, section: str = "train") -> None:
+    """Bounds of the training settings; `section` is where the user wrote them."""
     train = config.train
     for name in ("epochs", "batch_size", "micro_batch_size"):
         if getattr(train, name) < 1:
-            raise LmcError(f"train.{name} must be at least 1, got {getattr(train, name)}")
+            raise LmcError(f"{section}.{name} must be at least 1, got {getattr(train, name)}")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "momentum"):
         if not getattr(train, name) >= 0:
-            raise LmcError(f"train.{name} must be ≥ 0, got {getattr(train, name)}")
+            raise LmcError(f"{section}.{name} must be ≥ 0, got {getattr(train, name)}")
     if train.deepspeed is not None and train.engine != "deepspeed":
         raise LmcError(f"train.deepspeed is for train.engine=deepspeed, not {train.engine}: leave it out")
     if train.max_steps is not None and train.max_steps < 1:
-        raise LmcError(f"train.max_steps must be at least 1 or null, got {train.max_steps}")
+        raise LmcError(f"{section}.max_steps must be at least 1 or null, got {train.max_steps}")
 
 
 def train(config: Config, runtime: Runtime) -> dict[str, Any]:

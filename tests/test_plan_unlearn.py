@@ -226,7 +226,8 @@ def memory_job() -> list[tuple[str, int, float, float]]:
     for mode, K in (("none", None), ("GGN", None), ("exact", 9), ("secant", None)):
         request, m = Counterfactual("renormalize", sample_ids=frozenset([1])), 1 if K is None else 2
         measured = live_peak(lambda: compute_correction(log, module, batches, request, HVPConfig(mode), K))  # noqa: B023
-        predicted = sweep_peak(facts, mode, m, largest_step(facts, ranks), ranks, Options()).together
+        passes = largest_step(facts, ranks)
+        predicted = sweep_peak(facts, mode, m, passes, ranks, Options(), 2, K is not None).together
         found.append((mode, m, float(measured), predicted))
     return found
 

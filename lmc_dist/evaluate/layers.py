@@ -18,13 +18,14 @@ from lmc_dist.trajectory.snapshot_files import SnapshotReader
 from lmc_dist.trajectory.snapshots import snapshot_folder
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import DESCRIPTION
+from lmc_dist.unlearn.reference import COMPUTED
 
 
 def layers_of_run(run: Path, log_dir: Path) -> dict[str, Any]:
     """What layers.json holds, of a finished run and the log it was made from. Local.
 
     Args:
-        run: Its output_dir; the reference is the one that `--reference retrain` left in it.
+        run: Its output_dir; the reference is the one that `--reference retrain` left in it, or the log that it names.
         log_dir: The log.
 
     Returns:
@@ -37,6 +38,8 @@ def layers_of_run(run: Path, log_dir: Path) -> dict[str, Any]:
     if result.get("log_fingerprint") != log.fingerprint:
         raise LmcError(f"{run} is a run on another log than {log_dir}: give the one it was made from")
     place, reference = run / "reference" / "log", None
+    if not place.is_dir() and (named := result.get("config", {}).get("reference")) not in (None, *COMPUTED):
+        place = Path(named)
     if place.is_dir():
         retrained = TrajectoryLog(place)
         if retrained.layout.params != log.layout.params:

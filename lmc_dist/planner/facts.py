@@ -236,9 +236,9 @@ class RequestFacts:
         return min(self.edits)
 
     @property
-    def has_sources(self) -> bool:
-        """Whether some step goes on without forgotten samples, which takes a gradient of them."""
-        return any(not edit.skipped for edit in self.edits.values())
+    def num_sources(self) -> int:
+        """Steps that go on without forgotten samples, which takes a gradient of them."""
+        return sum(not edit.skipped for edit in self.edits.values())
 
 
 def busiest(passes: Passes, world_size: int) -> int:

@@ -102,23 +102,23 @@ class Peak:
     """Bytes of a rank at a strategy's peak.
 
     Attributes:
-        vectors: That stay, in the host's memory.
-        moved: That the update rule makes there, after the products.
-        work: Of the model's passes, on the device.
+        together: In one memory, the host's and the device's.
+        host: What lies in the host's: vectors, and what the update rule makes of them.
+        work: What the model's passes take, on the device.
     """
 
-    vectors: float
-    moved: float
+    together: float
+    host: float
     work: float
 
-    @property
-    def together(self) -> float:
-        """In one memory."""
-        return self.vectors + max(self.moved, self.work)
+    @staticmethod
+    def of(vectors: float, moved: float, work: float) -> Peak:
+        """Of vectors that stay, what is made of them after the products, and the passes of the model."""
+        return Peak(vectors + max(moved, work), vectors + moved, work)
 
-    @property
-    def host(self) -> float:
-        return self.vectors + self.moved
+    def or_larger(self, other: Peak) -> Peak:
+        """Of two moments."""
+        return Peak(max(self.together, other.together), max(self.host, other.host), max(self.work, other.work))
 
 
 def sweep_peak(
@@ -128,7 +128,8 @@ def sweep_peak(
     passes: Sequence[Pass],
     world_size: int,
     options: Any,
-    has_sources: bool = True,
+    num_sources: int = 2,
+    keeps_total: bool = True,
     has_head: bool = False,
 ) -> Peak:
     """Peak of a sweep with m deviations at once: the path, (v, dσ) of each, the products, the next deviations.
@@ -140,15 +141,18 @@ def sweep_peak(
         passes: The largest step's on this rank.
         world_size: Ranks that share the model.
         options: With `probes`, `rank` and `base` of `diag` and `low_rank`.
-        has_sources: Whether gradients are taken of forgotten samples; skipped batches need none.
+        num_sources: Steps at which a gradient of forgotten samples is taken; skipped batches need none. At a second
+            one deviations are under way already.
+        keeps_total: Whether what is through is added up while others go on: units, windows of K steps.
         has_head: Whether the first steps are replayed.
     """
     model, m, k = log.model, num_vectors, len(log.state)
     own = model.shard(world_size) * model.itemsize
     needs_gradient = bool(k) or mode in ("fisher", "secant") or has_head
     path = 3 + AHEAD * (log.step_bytes > 0) + 2 * k + needs_gradient  # θ_s, θ_{s+1}, u_s and what is read ahead
-    vectors = path + 1 + k + has_sources + m * (1 + k)  # with the total, the source, (v, dσ)
-    standing = vectors * own + model.frozen_shard(world_size) * model.itemsize
+    standing = (path + keeps_total * (1 + k)) * own + model.frozen_shard(world_size) * model.itemsize
+    deviations = m * (1 + k) * own
+    gradient = product_bytes(model, "gradient", 0, passes, world_size)
     work = m * own if mode in ("none", "fisher") else 0.0
     if mode == "diag":
         block = max(1, min(8, options.probes))
@@ -159,11 +163,15 @@ def sweep_peak(
         standing += 2 * (2 * options.rank + 8) * own
     elif mode not in ("none", "fisher"):
         work = product_bytes(model, mode, m, passes, world_size)
-    if has_sources or log.computes_path:  # a gradient, the source's or the path's
-        work = max(work, product_bytes(model, "gradient", 0, passes, world_size))
+    if log.computes_path:
+        work = max(work, gradient)
     if has_head:
         work = max(work, product_bytes(model, "secant", 1, passes, world_size))
-    return Peak(standing, m * (2 + k) * own, work)
+    is_met = num_sources > 1  # by deviations under way
+    peak = Peak.of(standing + deviations + is_met * own, m * (2 + k) * own, work)
+    if num_sources:
+        peak = peak.or_larger(Peak.of(standing + is_met * deviations, (2 + k) * own, gradient))
+    return peak
 
 
 # Shards and whole copies of the parameters that an engine keeps, in float32: (sharded, whole), and what its state is.
@@ -192,7 +200,7 @@ def replay_peak(log: LogFacts, passes: Sequence[Pass], world_size: int) -> Peak:
     logits = 3 * max((p.tokens for p in passes), default=0) * model.vocabulary
     read = (2 + k) * own  # θ for checksums, and the snapshot that it starts from
     size = model.itemsize
-    return Peak(size * read, size * everything, size * (vectors + gathered + graphs + logits))
+    return Peak.of(size * read, size * everything, size * (vectors + gathered + graphs + logits))
 
 
 def largest_step(log: LogFacts, world_size: int) -> Passes:
@@ -209,7 +217,7 @@ def largest_block(
     memory: float,
     host_memory: float | None = None,
     most: int = 1 << 12,
-    has_sources: bool = True,
+    num_sources: int = 2,
 ) -> int:
     """Vectors that a sweep can carry at once, `most` at most; 0 where not one fits. Pure.
 
@@ -221,12 +229,12 @@ def largest_block(
         memory: Bytes a rank may use.
         host_memory: Those of the host's memory, where `memory` is a device's; None where there is one memory.
         most: Vectors wanted.
-        has_sources: As of `sweep_peak`.
+        num_sources: As of `sweep_peak`.
     """
     passes = largest_step(log, world_size)
 
     def fits(m: int) -> bool:
-        peak = sweep_peak(log, mode, m, passes, world_size, options, has_sources)
+        peak = sweep_peak(log, mode, m, passes, world_size, options, num_sources)
         return fits_in(peak, memory, host_memory)
 
     if not fits(1):

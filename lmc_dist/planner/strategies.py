@@ -144,8 +144,8 @@ def _joint(
     cost = walk.sweep(spans, _config(mode, options), head)
     most = max((m for _, _, m in counts(spans, log.num_steps)), default=1)
     passes = largest_step(log, machine.world_size)
-    has_sources = walk.request.has_sources
-    peak = sweep_peak(log, mode, most, passes, machine.world_size, options, has_sources, head > 0)
+    sources, is_cut = walk.request.num_sources, K is not None
+    peak = sweep_peak(log, mode, most, passes, machine.world_size, options, sources, is_cut, head > 0)
     settings: dict[str, Any] = {"hessian_mode": mode}
     settings |= ({"replay_head": head} if head else {}) | ({"K": K} if K is not None else {})
     name = strategy_name(mode, head, K)
@@ -167,7 +167,7 @@ def _units(walk: Walk, mode: str, options: Options, measured: Mapping[str, Measu
     block = options.block or most
     if options.block is None and machine.memory is not None:
         most = largest_block(
-            log, mode, ranks, options, machine.memory, machine.host_memory, most, walk.request.has_sources
+            log, mode, ranks, options, machine.memory, machine.host_memory, most, walk.request.num_sources
         )
         block = max(1, most)
     blocks = [spans[i : i + block] for i in range(0, len(spans), block)]
@@ -177,7 +177,7 @@ def _units(walk: Walk, mode: str, options: Options, measured: Mapping[str, Measu
     by_group = [sum(costs[group::groups], Cost()) for group in range(groups)]
     slowest = max(by_group, key=lambda cost: cost.seconds)
     passes, m = largest_step(log, ranks), min(block, len(spans))
-    peak = sweep_peak(log, mode, m, passes, ranks, options, walk.request.has_sources)
+    peak = sweep_peak(log, mode, m, passes, ranks, options, walk.request.num_sources)
     settings = {"hessian_mode": mode, "units": units, "block": block, "unit_groups": groups}
     cost = Cost(total.gradients, slowest.parts, total.bytes_read)
     name = strategy_name(mode, units=units)

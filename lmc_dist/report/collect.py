@@ -146,23 +146,23 @@ def read_run(folder: Path, name: str) -> Run:
     """
     if not (folder / RESULT).is_file():
         raise LmcError(f"{folder} holds no finished unlearning run: there is no {RESULT} in it")
-    result, audit = _read(folder / RESULT), _read(folder / AUDIT)
+    result, audit = read_file(folder / RESULT), read_file(folder / AUDIT)
     if not isinstance(result, dict) or not _are_rows(result.get("rows")):
         raise LmcError(f"{folder / RESULT} is not of an unlearning run: it lacks the rows of methods")
     if not all(isinstance(row.get("method"), str) for row in result["rows"]):
         raise LmcError(f"{folder / RESULT} is damaged: a row does not name its method")
     if not _are_rows(audit):
         raise LmcError(f"{folder / AUDIT} is damaged: it must be a list of records")
-    layers = _read(folder / LAYERS) if (folder / LAYERS).is_file() else {"layers": []}
+    layers = read_file(folder / LAYERS) if (folder / LAYERS).is_file() else {"layers": []}
     if not isinstance(layers, dict) or not _are_rows(layers.get("layers")):
         raise LmcError(f"{folder / LAYERS} is damaged: it must hold a list of layers")
-    evaluation = _read(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
+    evaluation = read_file(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
     if not isinstance(evaluation, dict):
         raise LmcError(f"{folder / EVALUATION} is damaged: it must be an object")
     return Run(str(folder), name, result, audit, metrics(evaluation), layers["layers"])
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     """JSON of a file.
 
     Raises:

@@ -120,14 +120,9 @@ def asked_facts(group: Group) -> list[tuple[str, str]]:
 
 def done_facts(group: Group) -> list[tuple[str, str]]:
     run, main = group.first, group.main
-    head, K = run.at("config", "unlearn", "replay_head"), run.at("config", "unlearn", "K")
     facts = [
         ("Method", NONE if main is None else main.label),
-        ("Curvature", value_text(run.at("config", "unlearn", "hessian_mode")) if head != "all" else "none: replayed"),
-        ("K", "all steps" if K is None else value_text(K)),
-        ("Damping λ", value_text(run.at("config", "unlearn", "damping"))),
-        ("Replayed head", {0: "none", "all": "all steps"}.get(head) or value_text(head) if _is_plain(head) else NONE),
-        ("Units", units_text(run)),
+        *(correction_facts(run) if run.at("baseline") is None else baseline_facts(group)),
         ("World size", distinct(run.at("world_size") for run in group.runs)),
         ("Engine", distinct(run.at("engine") for run in group.runs)),
         ("Reference", distinct(run.at("config", "reference") for run in group.runs)),
@@ -138,6 +133,32 @@ def done_facts(group: Group) -> list[tuple[str, str]]:
         facts.append(("Replay", f"{value_text(at(replay, 'verified_steps'))} steps verified, {exact}"))
     facts.append(("Run" if len(group.runs) == 1 else "Runs", ", ".join(_named(run) for run in group.runs)))
     return facts
+
+
+def correction_facts(run: Run) -> list[tuple[str, str]]:
+    """How a correction was computed."""
+    head, K = run.at("config", "unlearn", "replay_head"), run.at("config", "unlearn", "K")
+    return [
+        ("Curvature", value_text(run.at("config", "unlearn", "hessian_mode")) if head != "all" else "none: replayed"),
+        ("K", "all steps" if K is None else value_text(K)),
+        ("Damping λ", value_text(run.at("config", "unlearn", "damping"))),
+        ("Replayed head", {0: "none", "all": "all steps"}.get(head) or value_text(head) if _is_plain(head) else NONE),
+        ("Units", units_text(run)),
+    ]
+
+
+def baseline_facts(group: Group) -> list[tuple[str, str]]:
+    """How a baseline was trained."""
+
+    def found(*keys: str) -> str:
+        return distinct(run.at(*keys) for run in group.runs)
+
+    start = group.first.at("baseline", "start")
+    return [
+        ("Started from", "the end of the log" if start is None else found("baseline", "start")),
+        ("Fine-tuning", f"{found('baseline', 'steps')} steps, {found('baseline', 'samples')} samples"),
+        ("Optimizer", f"{found('config', 'baseline', 'optimizer')}, at {found('config', 'baseline', 'learning_rate')}"),
+    ]
 
 
 def _is_plain(value: Any) -> bool:

@@ -83,14 +83,14 @@ def error_against_cost(group: Group, key: str) -> Picture | None:
     if not points:
         return None
     retrain = next((m for m in group.methods if m.method == "retrain"), None)
-    xs, x_floor = _raised([_mean(m, "gradients") for m in points])
-    ys, y_floor = _raised([_mean(m, "rel_error") for m in points])
+    xs, x_floor = logarithmic([_mean(m, "gradients") for m in points])
+    ys, y_floor = logarithmic([_mean(m, "rel_error") for m in points])
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log", nonpositive="clip")
-        _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)
         axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="do nothing")
         if retrain is not None and _mean(retrain, "gradients") > 0:
             axes.axvline(_mean(retrain, "gradients"), color=INK, linewidth=1, linestyle=":", label="cost of retraining")
@@ -109,7 +109,7 @@ def error_against_cost(group: Group, key: str) -> Picture | None:
     told = "; ".join(
         f"{_short(m.label)}: rel_error {told_mean(m, 'rel_error')} at {told_mean(m, 'gradients')}" for m in points
     )
-    return _picture(draw, key, caption, f"Error against cost in gradients, logarithmic. {told}.")
+    return picture(draw, key, caption, f"Error against cost in gradients, logarithmic. {told}.")
 
 
 def trade_off(group: Group, key: str) -> Picture | None:
@@ -143,7 +143,7 @@ def trade_off(group: Group, key: str) -> Picture | None:
         f"{_short(m.label)}: {told_mean(m, 'loss_forget')} forgotten, {told_mean(m, 'loss_retain')} retained"
         for m in points
     )
-    return _picture(draw, key, caption, f"Mean losses on forgotten and retained samples. {told}.")
+    return picture(draw, key, caption, f"Mean losses on forgotten and retained samples. {told}.")
 
 
 def growth(records: Sequence[tuple[str, float | None, float | None]], key: str) -> Picture | None:
@@ -154,7 +154,7 @@ def growth(records: Sequence[tuple[str, float | None, float | None]], key: str) 
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
         for y, (_, start, end) in enumerate(shown):
             if start is not None and start > 0:
                 axes.plot([start, end], [y, y], color=FAINT, linewidth=1.5)
@@ -169,7 +169,7 @@ def growth(records: Sequence[tuple[str, float | None, float | None]], key: str) 
     ends = [end for *_, end in shown]
     caption = "‖v‖ of each unit or window after its first source and at the end."
     alt = f"Norms of {len(shown)} corrections, from {min(ends):.3g} to {max(ends):.3g} at the end."
-    return _picture(draw, key, caption, alt, height=1.1 + 0.2 * len(shown))
+    return picture(draw, key, caption, alt, height=1.1 + 0.2 * len(shown))
 
 
 def layers(rows: Sequence[tuple[str, float | None, float | None]], key: str) -> Picture | None:
@@ -183,7 +183,7 @@ def layers(rows: Sequence[tuple[str, float | None, float | None]], key: str) -> 
 
     def draw(axes: Axes) -> None:
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         if distances:
             axes.axhline(1, color=INK, linewidth=1, linestyle="--")
             axes.plot(
@@ -199,7 +199,7 @@ def layers(rows: Sequence[tuple[str, float | None, float | None]], key: str) -> 
     alt = f"‖v‖ and relative distance of {len(rows)} parameters."
     if worst is not None:
         alt += f" The largest distance is {worst[1]:.3g}, of {_short(rows[worst[0]][0], 60)}."
-    return _picture(draw, key, caption, alt)
+    return picture(draw, key, caption, alt)
 
 
 # --- parts -------------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def told_mean(method: MethodStats, key: str) -> str:
     return f"{_mean(method, key):.3g}"
 
 
-def _raised(values: Sequence[float]) -> tuple[list[float], float | None]:
+def logarithmic(values: Sequence[float]) -> tuple[list[float], float | None]:
     """Values as a logarithmic axis can show them: what is below a millionth of the largest, 0 too, at the border."""
     positive = [value for value in values if value > 1e-100]
     least = 1e-6 * max(positive, default=1.0)
@@ -229,7 +229,7 @@ def _raised(values: Sequence[float]) -> tuple[list[float], float | None]:
     return raised, floor if min(values) < least else None
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """Numbers as text in one piece, where powers of ten would be set digit by digit."""
     from matplotlib.ticker import LogFormatter
 
@@ -259,7 +259,7 @@ def _short(text: str, most: int = 44) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def _picture(draw: Callable[[Axes], None], key: str, caption: str, alt: str, height: float = 3.1) -> Picture:
+def picture(draw: Callable[[Axes], None], key: str, caption: str, alt: str, height: float = 3.1) -> Picture:
     """Draws into a new figure and takes its SVG apart into what may stand in a page."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -13,9 +13,11 @@ from typing import Any
 from lmc_dist.config import Config
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import count
-from lmc_dist.report.collect import LAYERS, NUMBERS, Group, Run, group_runs, number, read_runs
+from lmc_dist.report.collect import LAYERS, NUMBERS, Group, Run, at, group_runs, number, read_runs
 from lmc_dist.report.content import Section, sections
 from lmc_dist.report.pictures import require_matplotlib
+from lmc_dist.report.sweep_content import sweep_sections
+from lmc_dist.report.sweeps import SweepRun, is_sweep, read_sweeps
 from lmc_dist.report.tables import Table, environment, overview
 from lmc_dist.runtime import check_replaceable
 from lmc_dist.trajectory.files import write_atomic, write_json
@@ -34,20 +36,24 @@ def report(config: Config) -> str:
         raise LmcError(f"report.output: {folder} is a file; give the folder to put report.html into")
     check_replaceable(folder, PAGE, config.overwrite)
     require_matplotlib()
-    folders = [part.strip() for part in config.report.runs.split(",") if part.strip()]
-    runs = read_runs(folders)
+    given = [part.strip() for part in config.report.runs.split(",") if part.strip()]
+    sweeps = read_sweeps(place for place in given if is_sweep(place))
+    folders = [place for place in given if not is_sweep(place)]
+    runs = read_runs(folders) if folders or not sweeps else []
     if config.report.layers:
         keep_layers(runs)
         runs = read_runs(folders)
     groups = group_runs(runs)
-    texts = render(runs, groups)
+    texts = render(runs, groups, sweeps)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_atomic(folder / name, text)
     except OSError as error:
         raise LmcError(f"report.output: {folder} cannot be written: {error.strerror}") from None
-    return f"{count(len(runs), 'run')} in {count(len(groups), 'group')}: {folder / PAGE}, {MARKDOWN}, {CSV}"
+    found = [f"{count(len(runs), 'run')} in {count(len(groups), 'group')}"] if runs else []
+    found += [f"{count(len(sweep.rows), 'cell')} of {sweep.folder}" for sweep in sweeps]
+    return f"{', '.join(found)}: {folder / PAGE}, {MARKDOWN}, {CSV}"
 
 
 def keep_layers(runs: Sequence[Run]) -> None:
@@ -65,14 +71,15 @@ def keep_layers(runs: Sequence[Run]) -> None:
         write_json(Path(run.folder) / LAYERS, layers_of_run(Path(run.folder), Path(log_dir)))
 
 
-def render(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, str]:
+def render(runs: Sequence[Run], groups: Sequence[Group], sweeps: Sequence[SweepRun] = ()) -> dict[str, str]:
     """File name → content."""
-    parts, whole, tables = sections(groups), overview(groups), environment(runs)
+    parts = [part for i, sweep in enumerate(sweeps, 1) for part in sweep_sections(sweep, f"w{i}")]
+    parts, whole, tables = [*parts, *sections(groups)], overview(groups), environment(runs, sweeps)
     title = "Unlearning report"
     found = {
         PAGE: page(title, parts, whole, tables),
         MARKDOWN: markdown(title, parts, whole, tables),
-        CSV: comma_separated(groups),
+        CSV: comma_separated(groups, sweeps),
     }
     # control characters and halves of surrogate pairs, which neither HTML nor UTF-8 has
     return {name: re.sub("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", text) for name, text in found.items()}
@@ -127,7 +134,7 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*\[\]|~#!$]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
-def comma_separated(groups: Sequence[Group]) -> str:
+def comma_separated(groups: Sequence[Group], sweeps: Sequence[SweepRun] = ()) -> str:
     """One row a method and run, numbers as they are in the results."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -139,6 +146,13 @@ def comma_separated(groups: Sequence[Group]) -> str:
             for row in run.rows:
                 values = ["" if (x := number(row.get(key))) is None else repr(x) for key in NUMBERS]
                 writer.writerow([*own, _cell(row["method"]), _cell(row.get("label")), *values])
+    for sweep in sweeps:
+        for row in sweep.rows:
+            own = [_cell(f"{sweep.folder}: {row['split']}"), _cell(row["name"])]
+            own += [_cell(row.get(key)) for key in ("seed", "data_seed", "world_size")]
+            own.append(_cell(at(row, "settings", "train", "engine")))
+            values = ["" if (x := number(row.get(key))) is None else repr(x) for key in NUMBERS]
+            writer.writerow([*own, _cell(row["method"]), _cell(row["label"]), *values])
     return out.getvalue()
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmc_dist.report.collect import Group, Run, Stat, number
+
+if TYPE_CHECKING:
+    from lmc_dist.report.sweeps import SweepRun
 
 MOST_ROWS = 20  # of a table of units; a request may have thousands
 NONE = "–"
@@ -202,12 +205,12 @@ def overview(groups: Sequence[Group]) -> Table | None:
     return Table("Overview", ["Method", "Forgotten", "Runs", "rel_error", "Gradients", "Seconds"], rows)
 
 
-def environment(runs: Sequence[Run]) -> list[Table]:
-    """Versions of all runs, and what their logs and models are recognised by."""
-    names = dict.fromkeys(
-        name for run in runs for name in (run.at("versions") if isinstance(run.at("versions"), dict) else {})
-    )
-    versions = [[str(name), distinct(run.at("versions", name) for run in runs)] for name in names]
+def environment(runs: Sequence[Run], sweeps: Sequence[SweepRun] = ()) -> list[Table]:
+    """Versions of all runs and cells, and what the runs' logs and models are recognised by."""
+    found = [run.at("versions") for run in runs] + [row.get("versions") for sweep in sweeps for row in sweep.rows]
+    found = [one for one in found if isinstance(one, dict)]
+    names = dict.fromkeys(name for one in found for name in one)
+    versions = [[str(name), distinct(one.get(name) for one in found)] for name in names]
     prints = [[run.folder, *(value_text(run.at(key)) for key in ("log_fingerprint", "model_checksum"))] for run in runs]
-    tables = [Table("Fingerprints", ["Run", "Log", "Model"], prints)]
+    tables = [Table("Fingerprints", ["Run", "Log", "Model"], prints)] if runs else []
     return [Table("Versions", ["Package", "Version"], versions), *tables] if versions else tables

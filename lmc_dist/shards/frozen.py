@@ -45,6 +45,17 @@ def read_frozen(module: nn.Module, like: ShardLayout) -> ShardedVector | None:
     layout = frozen_layout(module, like)
     if layout is None:
         return None
+    return read_weights(module, layout)
+
+
+@torch.no_grad()
+def read_weights(module: nn.Module, layout: ShardLayout) -> ShardedVector:
+    """This rank's shards of a module's own weights, float32 or better, in host memory. Local.
+
+    Args:
+        module: Whole, partitioned by ZeRO-3, or sharded by FSDP2.
+        layout: Of the parameters to read, by the rule that the module is divided by.
+    """
     shards = {}
     for slot in layout:
         parameter: Any = module.get_parameter(slot.spec.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,13 +32,7 @@ class TrainingLoggerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if args.world_size != world_size:
-            raise LmcError(
-                f"the Trainer counts {args.world_size} processes, the launcher started {world_size}: every rank would "
-                "train on the same data. On CPU start PartialState(backend='gloo') first and pass "
-                "accelerator_config={'use_configured_state': True} to TrainingArguments"
-            )
+        check_launch(args)
         if args.remove_unused_columns:
             raise LmcError("TrainingArguments needs remove_unused_columns=False, or the samples' ids are dropped")
         if self.logger.max_grad_norm is None and not args.deepspeed:  # DeepSpeed clips as its own settings say
@@ -53,6 +48,21 @@ class TrainingLoggerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.logger.close()
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Checks that a Trainer has found the launcher's other processes. Local.
+
+    Raises:
+        LmcError: It has not.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE") or 1)
+    if args.world_size != world_size:
+        raise LmcError(
+            f"the Trainer counts {args.world_size} processes, the launcher started {world_size}: every rank would "
+            "train on the same data. On CPU start PartialState(backend='gloo') first and pass "
+            "accelerator_config={'use_configured_state': True} to TrainingArguments"
+        )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lmc_dist.unlearn.optimizer_state import correct_state
 from lmc_dist.unlearn.path import logs_gradients, no_gradients, update_rule
 from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.request import check_request
+from lmc_dist.unlearn.status import Progress, unwatched
 from lmc_dist.unlearn.sweep import sweep
 from lmc_dist.update_rules import check_supported
 
@@ -98,7 +99,7 @@ def compute_correction(
     config: HVPConfig | None = None,
     K: int | None = None,
     loss: Loss | None = None,
-    progress: Callable[[int], None] = lambda step: None,
+    progress: Progress = unwatched,
     kept: KeptCurvature | None = None,
     replay_head: Length = 0,
     head_tolerance: float = 0.05,
@@ -114,7 +115,7 @@ def compute_correction(
         config: Curvature and damping; None is GGN without damping.
         K: Steps each source is propagated through; None is all.
         loss: The model's loss; None is next-token cross-entropy.
-        progress: Called with each step done.
+        progress: Called after each step.
         kept: `low_rank`: curvature computed before (`lmc log curvature`), in place of the model. Batches are then
             forgotten from the log alone: `module` and `batches` may be None, if the optimizer is plain SGD or the log
             keeps gradients.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from itertools import pairwise
 
 from lmc_dist.curvature import HVPConfig, Loss
@@ -23,6 +22,7 @@ from lmc_dist.trajectory.record import StepRecord, Trajectory
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.problem import SweepResult
 from lmc_dist.unlearn.source import share, source
+from lmc_dist.unlearn.status import Progress, Status, unwatched
 from lmc_dist.unlearn.windows import GROWTH_LIMIT
 from lmc_dist.update_rules import Deviation, Point, UpdateRule
 
@@ -36,7 +36,7 @@ def kept_sweep(
     counterfactual: Counterfactual,
     config: HVPConfig,
     K: int | None = None,
-    progress: Callable[[int], None] = lambda step: None,
+    progress: Progress = unwatched,
 ) -> SweepResult:
     """Propagates the sources of a request on kept curvature, for plain SGD. Collective; arguments as `sweep`.
 
@@ -69,7 +69,7 @@ class _KeptSweep:
         self.records = {record.step: record for record in trajectory.records()}
         self.cost = 0.0
 
-    def run(self, progress: Callable[[int], None]) -> SweepResult:
+    def run(self, progress: Progress) -> SweepResult:
         tau, started = self.trajectory.num_steps, time.perf_counter()
         touched = [r for r in self.records.values() if r.applied and self.counterfactual.touches(r)]
         if not touched:
@@ -81,11 +81,12 @@ class _KeptSweep:
             self.edited[record.step] = edit_step(record, self.counterfactual, normalization, counts)  # type: ignore[arg-type]
         work = self._joint if self.K is None else self._windows
         v, audit = work(touched, tau, started, progress)
-        progress(tau - 1)
+        norm = v.norm()
+        progress(Status(tau - 1, 1, 0, 0, norm, norm))
         return SweepResult(v, tuple(audit), self.cost)
 
     def _joint(
-        self, touched: list[StepRecord], tau: int, started: float, progress: Callable[[int], None]
+        self, touched: list[StepRecord], tau: int, started: float, progress: Progress
     ) -> tuple[ShardedVector, list[AuditRecord]]:
         """All sources in one vector."""
         first = touched[0].step
@@ -96,13 +97,13 @@ class _KeptSweep:
             injected = self._source(record)
             sizes += injected.norm()
             v.add_(injected)
-            self._check(v, record.step, sizes)
-            progress(record.step)
+            norm = self._check(v, record.step, sizes)
+            progress(Status(record.step, 0, 1, 1, norm, norm))
         v = self._through(v, touched[-1].step + 1, tau)
         return v, [self._audit("joint", first, v0_norm, v, tau - first - 1, "end", started, sizes)]
 
     def _windows(
-        self, touched: list[StepRecord], tau: int, started: float, progress: Callable[[int], None]
+        self, touched: list[StepRecord], tau: int, started: float, progress: Progress
     ) -> tuple[ShardedVector, list[AuditRecord]]:
         """Each source through K steps of its own."""
         assert self.K is not None
@@ -114,7 +115,8 @@ class _KeptSweep:
             by, steps = "K" if stop < tau else "end", stop - record.step - 1
             audit.append(self._audit(f"step-{record.step}", record.step, size, v, steps, by, started, size))
             total = v if total is None else total.add_(v)
-            progress(record.step)
+            norm = audit[-1].v_norm
+            progress(Status(record.step, 0, 1, 1, norm, norm))
         assert total is not None
         return total, audit
 

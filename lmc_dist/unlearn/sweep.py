@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.stopping import stop_asked, stopped
 from lmc_dist.trajectory.counterfactual import EditedStep, edit_step
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.head import Head, gradient_change, kept_gradient
@@ -27,6 +28,7 @@ from lmc_dist.unlearn.marks import Mark, Marks
 from lmc_dist.unlearn.path import TrainingPath
 from lmc_dist.unlearn.problem import Problem, SweepResult
 from lmc_dist.unlearn.source import Source, Sources
+from lmc_dist.unlearn.status import Progress, Status, unwatched
 from lmc_dist.unlearn.step_products import StepProducts
 from lmc_dist.unlearn.totals import Totals
 from lmc_dist.unlearn.units import JOINT, Unit, joint_unit, sources_by_step
@@ -34,15 +36,13 @@ from lmc_dist.unlearn.windows import GrowthGuard, Window
 from lmc_dist.update_rules import Deviation, Point
 
 
-def sweep(
-    problem: Problem, head: Head | None = None, progress: Callable[[int], None] = lambda step: None
-) -> SweepResult:
+def sweep(problem: Problem, head: Head | None = None, progress: Progress = unwatched) -> SweepResult:
     """Propagates the sources of a whole request to the end of the trajectory. Collective.
 
     Args:
         problem: What to correct, and how.
         head: Steps to replay first; None is none.
-        progress: Called with each step done, from the first that holds forgotten data.
+        progress: Called after each step, from the first that holds forgotten data on.
 
     Raises:
         LmcError: Nothing to forget in the log, divergence, damaged log, an update rule that the log does not follow.
@@ -91,6 +91,7 @@ class Sweep:
         self.guard = GrowthGuard(self.rule, problem.tol)
         self.windows: list[Window] = []
         self.totals = Totals(dict(self.sources.last), self.tau)
+        self.num_units = len(self.totals.left)
         if not self.totals.left:
             raise LmcError("no logged step holds any of the forgotten data: there is nothing to correct")
         # Steps that the counterfactual run skips, each with the last step that it is felt in. All units count them, also
@@ -100,17 +101,18 @@ class Sweep:
         self.first = min(step for step in touched if step >= self.trajectory.first_step)
         self.started = time.perf_counter()
         self._earlier_cost = 0.0
+        self._norms, self._growth = [0.0], 1.0
 
     @property
     def cost(self) -> float:
         return self._earlier_cost + self.path.cost + self.products.cost + self.sources.cost
 
-    def run(self, finished: Callable[[SweepResult], None], progress: Callable[[int], None] = lambda step: None) -> None:
+    def run(self, finished: Callable[[SweepResult], None], progress: Progress = unwatched) -> None:
         """Goes to the end, or until all units are through. Collective.
 
         Args:
             finished: Takes each unit's result as soon as there is one.
-            progress: Called with each step done, from the first that holds data of these units.
+            progress: Called after each step, from the first that holds data of these units on.
 
         Raises:
             LmcError: Divergence, damaged log, an update rule that the log does not follow.
@@ -134,8 +136,9 @@ class Sweep:
                         break
                     if self.windows or step in touched:
                         self._step(step, finished)
-                        progress(step)
+                        progress(self._status(step))
                         self._mark(step + 1)
+                        self._stop_if_asked(step + 1)
                     else:
                         self.path.step(step)
         self.guard.warn()
@@ -183,7 +186,15 @@ class Sweep:
             self.guard.measure(self.windows, step, self.tau)
             for found, injected in self._injected(step, here, update, sources):
                 self._add(step, here, found, injected)
+        self._norms = [window.norm for window in self.windows] or [0.0]
+        self._growth = max((window.growth for window in self.windows), default=1.0)
         self._retire(step, finished)
+
+    def _status(self, step: int) -> Status:
+        """How far it is after a step; norms are those of before vectors were put away that are through."""
+        left = len(self.totals.left)
+        counts = self.num_units - left, len(self.windows), left
+        return Status(step, *counts, min(self._norms), max(self._norms), self._growth)
 
     def _lags(self, step: int) -> list[int]:
         """Skipped steps that are felt in this one."""
@@ -342,9 +353,20 @@ class Sweep:
 
     # --- marks ---------------------------------------------------------------------------------------------------
 
-    def _mark(self, step: int) -> None:
+    def _stop_if_asked(self, step: int) -> None:
+        """Leaves a mark from which the sweep can go on, and ends it, where some rank was asked to. Collective."""
+        reason = stop_asked(self.trajectory.layout.group)
+        if reason is None or not self.totals.left:
+            return
+        if self.marks is None:
+            raise stopped(f"unlearning stopped before step {step} of {self.tau}, without marks to go on from", reason)
+        if self.marks.newest != step:
+            self._mark(step, is_due=True)
+        raise stopped(f"unlearning stopped before step {step} of {self.tau} (the same command goes on)", reason)
+
+    def _mark(self, step: int, is_due: bool = False) -> None:
         """Keeps the state before `step`, when it is time."""
-        if self.marks is None or not self.marks.is_due(step) or not self.totals.left:
+        if self.marks is None or not (is_due or self.marks.is_due(step)) or not self.totals.left:
             return
         totals, products = self.totals, self.products
         found = totals.sums, dict(totals.left), self.path.state

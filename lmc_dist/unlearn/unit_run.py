@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def correct(
     folder: Path,
     dataset: Any,
     make_module: Callable[[ShardLayout], ShardedModule],
-    progress: str,
+    progress: UnitProgress,
 ) -> Correction:
     """All units, on as many groups and in as large blocks as asked for or as fit. Collective.
 
@@ -108,8 +107,7 @@ def correct(
     assert memory is not None
     with agreement():
         groups, width = sizes(facts, wanted, unlearn, len(units), runtime.world_size, memory, host)
-    shown = UnitProgress(len(units), progress) if runtime.is_main else nullcontext(lambda status: None)
-    with shown as show:
+    with progress as show:
         return correct_units(
             replace(problem, tol=unlearn.tol, block=width),
             units,
@@ -143,7 +141,7 @@ def sizes(
 
     def fitting(ranks: int) -> int:
         free = (USABLE * memory, None if host is None else USABLE * host)
-        return largest_block(facts, unlearn.hessian_mode, ranks, unlearn, *free, most, request.has_sources)
+        return largest_block(facts, unlearn.hessian_mode, ranks, unlearn, *free, most, request.num_sources)
 
     if unlearn.unit_groups == "auto":
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -158,7 +156,7 @@ def sizes(
     width = fitting(ranks)
     if width < 1:
         peak = sweep_peak(
-            facts, unlearn.hessian_mode, 1, largest_step(facts, ranks), ranks, unlearn, request.has_sources
+            facts, unlearn.hessian_mode, 1, largest_step(facts, ranks), ranks, unlearn, request.num_sources
         )
         raise LmcError(
             f"a sweep of one vector takes {peak.together / 2**30:.2f} GiB on each of {ranks} ranks, and "

@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +32,12 @@ from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, load_full_correction
 from lmc_dist.unlearn.marks import Marks
 from lmc_dist.unlearn.problem import Problem, SweepResult
+from lmc_dist.unlearn.status import Progress, Status, unwatched
 from lmc_dist.unlearn.sweep import Sweep
 from lmc_dist.unlearn.unit_mesh import unit_mesh
 from lmc_dist.unlearn.units import Unit, passes_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a group is.
-
-    Attributes:
-        step: Step that is done.
-        done: Units of all groups that are through, as of when one of this group last was.
-        active: Vectors that this group carries.
-        left: Units that are not through.
-        v_min: Smallest ‖v‖ of these vectors.
-        v_max: Largest.
-    """
-
-    step: int
-    done: int
-    active: int
-    left: int
-    v_min: float
-    v_max: float
 
 
 def correct_units(
@@ -68,7 +48,7 @@ def correct_units(
     num_groups: int = 1,
     width: int = 8,
     mark_every: int | None = 50,
-    progress: Callable[[Status], None] = lambda status: None,
+    progress: Progress = unwatched,
 ) -> Correction:
     """Corrects every unit by itself and adds them up. Collective.
 
@@ -149,7 +129,7 @@ class _Pass:
         folder: Path,
         mark_every: int | None,
         total: int,
-        progress: Callable[[Status], None],
+        progress: Progress,
     ) -> None:
         self.problem, self.units, self.folder, self.total, self.progress = problem, units, folder, total, progress
         self.layout, self.mark_every = problem.trajectory.layout, mark_every
@@ -171,7 +151,7 @@ class _Pass:
         # A mark is of all units of the pass. They go together even where there is none yet: vectors in other company are
         # the same to rounding only, and what comes of a stopped run is to be the same to the bit.
         sweep = Sweep(self.problem, left if marks is None else self.units, marks=marks)
-        sweep.run(self._keep, lambda step: self._report(sweep, step))
+        sweep.run(self._keep, self._report)
         self._clear()
         return sweep.cost
 
@@ -211,20 +191,14 @@ class _Pass:
         """Units of all groups that are through. Local; looked up only when one of this group is: the folder may be large."""
         return sum(not path.name.endswith(".part") for path in (self.folder / "units").glob("*"))
 
-    def _report(self, sweep: Sweep, step: int) -> None:
-        if self.layout.rank != 0:
-            return
-        norms = [window.norm for window in sweep.windows] or [0.0]
-        left = self.total - self.finished
-        self.progress(Status(step, self.finished, len(sweep.windows), left, min(norms), max(norms)))
+    def _report(self, status: Status) -> None:
+        """Tells how far all groups are. Local."""
+        if self.layout.rank == 0:
+            self.progress(replace(status, done=self.finished, left=self.total - self.finished))
 
 
-def _claim(folder: Path, problem: Problem, units: Sequence[Unit]) -> None:
-    """Makes the folder this request's, or finds that it is. Collective.
-
-    Raises:
-        LmcError: It is of another one.
-    """
+def work_digest(problem: Problem, units: Sequence[Unit]) -> str:
+    """By which the work on a request with these settings is known again. Local."""
     log = problem.trajectory
     assert isinstance(log, TrajectoryLog)
     request = problem.counterfactual
@@ -239,7 +213,16 @@ def _claim(folder: Path, problem: Problem, units: Sequence[Unit]) -> None:
         "K": problem.K,
         "tol": problem.tol,
     }
-    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _claim(folder: Path, problem: Problem, units: Sequence[Unit]) -> None:
+    """Makes the folder this request's, or finds that it is. Collective.
+
+    Raises:
+        LmcError: It is of another one.
+    """
+    log, digest = problem.trajectory, work_digest(problem, units)
     path = folder / "work.json"
     with agreement(log.layout.group):
         if path.exists() and read_json(path)["digest"] != digest:

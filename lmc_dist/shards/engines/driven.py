@@ -101,6 +101,19 @@ class DeepSpeedShards(EngineShards):
     ) -> torch.Tensor:
         return backward_micro_batch(self._engine(), inputs, num_items, scale, is_last)
 
+    @torch.no_grad()
+    def forward(self, inputs: dict[str, torch.Tensor]) -> Any:
+        return self._engine()(**inputs)
+
+    def run_loss(
+        self, inputs: dict[str, torch.Tensor], loss: Callable[[Any], torch.Tensor], is_last: bool, is_local: bool
+    ) -> torch.Tensor:
+        engine = self._engine()
+        engine.set_gradient_accumulation_boundary(is_last)
+        value = loss(engine(**inputs))
+        engine.backward(value * self.layout.world_size, scale_wrt_gas=False)  # it averages over the ranks
+        return value.detach()
+
     def step(self) -> bool:
         self._engine().step()
         return True

@@ -151,6 +151,25 @@ class EngineShards(ABC):
         """
 
     @abstractmethod
+    def forward(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """The model's output, computed as in training but without gradients, for which there is `run_loss`. Collective."""
+
+    @abstractmethod
+    def run_loss(
+        self, inputs: dict[str, torch.Tensor], loss: Callable[[Any], torch.Tensor], is_last: bool, is_local: bool
+    ) -> torch.Tensor:
+        """One forward and backward pass of any loss of the model's output; returns it. Collective.
+
+        The step's gradient is that of the sum over all passes of all ranks.
+
+        Args:
+            inputs: Keyword arguments of the model's forward.
+            loss: This pass's part of the loss, a scalar.
+            is_last: As of `run_pass`.
+            is_local: As there.
+        """
+
+    @abstractmethod
     def step(self) -> bool:
         """Clips, steps the optimizer and clears the gradients. Collective.
 

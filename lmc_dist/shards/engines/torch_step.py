@@ -123,7 +123,8 @@ class TorchStepShards(TorchLoopShards):
         """Notes what torch's clipping does to this engine's gradients."""
 
         def seen(parameters: list[torch.Tensor], max_norm: float, total_norm: torch.Tensor) -> None:
-            self._note_clipping({id(p) for p in parameters}, max_norm, total_norm)
+            if math.isfinite(max_norm):  # the HF Trainer without clipping measures the norm by clipping to infinity
+                self._note_clipping({id(p) for p in parameters}, max_norm, total_norm)
 
         return watch_clipping(seen)
 
@@ -180,6 +181,21 @@ class TorchStepShards(TorchLoopShards):
                 loss = self.wrapper(**inputs, num_items_in_batch=items).loss
             (loss * (scale * self.replay_scale)).backward()
         return loss.detach()
+
+    @torch.no_grad()
+    def forward(self, inputs: dict[str, torch.Tensor]) -> Any:
+        with self._autocast():
+            return self.wrapper(**inputs)
+
+    def run_loss(
+        self, inputs: dict[str, torch.Tensor], loss: Callable[[Any], torch.Tensor], is_last: bool, is_local: bool
+    ) -> torch.Tensor:
+        with self._accumulating(is_local):
+            with self._autocast():
+                value = loss(self.wrapper(**inputs))
+            # DDP and FSDP2 average over the ranks
+            (value * (self.layout.world_size * self.replay_scale)).backward()
+        return value.detach()
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

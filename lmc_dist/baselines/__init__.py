@@ -1,0 +1,1 @@
+"""What unlearning is compared with: fine-tuning on retained samples, gradient ascent, GradDiff, NPO."""

@@ -1,0 +1,140 @@
+"""`lmc sweep`: cells one after the other, each a command line of its own, as wandb's agent would start it.
+
+What is finished is not done again, what was cut off is; a cell that fails is written down, and the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lmc_dist.config import Config, ReportConfig
+from lmc_dist.log_commands.text import count, size
+from lmc_dist.sweeps.cell import cell_line, empty_row, row_path, stored_row
+from lmc_dist.sweeps.plan import PlannedCell, SweepPlan, environment_of, plan_sweep
+from lmc_dist.sweeps.summary import failures_text, sweep_table, write_summary
+from lmc_dist.trajectory.files import write_json
+
+GRACE_SECONDS = 20.0  # between asking a cell to stop and killing it
+
+
+def sweep(config: Config) -> tuple[str, int]:
+    """Runs what sweep files say; returns the table and the exit status, 1 where cells failed. Local.
+
+    Raises:
+        LmcError: Before anything runs: files that cannot be carried out, or a report that could not be written.
+    """
+    settings = config.sweep
+    paths = [part.strip() for part in settings.files.split(",") if part.strip()]
+    environment = environment_of(settings)
+    plan = plan_sweep(paths, environment, settings.seed)
+    told = [f"{count(len(plan.cells), 'cell')} in {plan.folder}"]
+    for parameters, name in plan.dropped:
+        given = " ".join(f"{key}={value}" for key, value in parameters.items())
+        told.append(f"dropped: {given}, the same work as {name}")
+    if settings.dry_run:
+        return "\n".join([*told, *(shlex.join(cell.command) for cell in plan.cells)]), 0
+    from lmc_dist.report.pictures import require_matplotlib
+
+    require_matplotlib()
+    _say("\n".join(told))
+    signal.signal(signal.SIGTERM, _interrupt)
+    for i, cell in enumerate(plan.cells, 1):
+        row = stored_row(cell.identity)
+        if row is not None and (row["failure"] is None or not settings.retry):
+            continue
+        found = run_cell(cell, environment)
+        _say(f"[{i}/{len(plan.cells)}] {cell_line(found)}")
+    return finish(plan, config)
+
+
+def run_cell(cell: PlannedCell, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Runs a cell's command line; returns its row, which says so where it failed. Local."""
+    path = row_path(cell.identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    log = path.with_name("output.txt")
+    # The environment's own programs first, as in a shell where it is activated.
+    search = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    started = time.perf_counter()
+    with open(log, "w") as output:
+        try:
+            status = _wait(
+                subprocess.Popen(
+                    cell.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, "PATH": search},
+                    start_new_session=True,
+                )
+            )
+        except OSError as error:
+            status = 127
+            output.write(f"error: {cell.command[0]} cannot be started: {error.strerror}\n")
+    row = stored_row(cell.identity)
+    if row is not None and row["failure"] is None and status == 0:
+        return row
+    row = row or empty_row(cell.identity)
+    reason = (row["failure"] or {}).get("reason") or reason_of(log, status)
+    row |= {"failure": {"reason": reason, "log": str(log)}, "seconds_cell": time.perf_counter() - started}
+    write_json(path, row)
+    return row
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status; where this process is told to stop, the cell is stopped with all it started."""
+    try:
+        return process.wait()
+    except BaseException:
+        for signum, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signum)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+                break
+        raise
+
+
+def reason_of(log: Path, status: int) -> str:
+    """Why a command failed, by its output: the first line that names an error, which launchers follow up with their own."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = next((line for line in lines if re.match(r"(error|[\w.]*(Error|Exception|Interrupt))\b:?", line)), None)
+    return f"exit status {status}" + (f": {said[:500]}" if said else "")
+
+
+def finish(plan: SweepPlan, config: Config) -> tuple[str, int]:
+    """Summary, report, table. Local."""
+    from lmc_dist.report.render import report
+
+    folder, settings = Path(plan.folder), config.sweep
+    rows = [stored_row(cell.identity) or empty_row(cell.identity) for cell in plan.cells]
+    write_summary(folder, plan, rows)
+    shown = report(Config(report=ReportConfig(runs=str(folder), output=str(folder / "report")), overwrite=True))
+    text = [sweep_table(rows), "", shown]
+    failed = [row for row in rows if row["failure"] is not None]
+    if failed:
+        text += ["", failures_text(failed)]
+    if settings.remove_logs and not failed:
+        from lmc_dist.sweeps.shared import remove_shared
+
+        text.append(f"removed logs and models that cells share: {size(remove_shared(folder))}")
+    return "\n".join(text), 1 if failed else 0
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""Unlearning inside the Hugging Face Trainer."""

@@ -1,0 +1,156 @@
+"""A logged run and what is to be forgotten of it: where unlearning and the baselines it is compared with begin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lmc_dist.config import Config
+from lmc_dist.data import PERSON_STRIDE, epoch_order
+from lmc_dist.errors import LmcError
+from lmc_dist.evaluate.distance import mean_loss, relative_error
+from lmc_dist.logged_run import open_logged_run, starting_model
+from lmc_dist.runtime import Runtime, agreement, check_replaceable
+from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.tracking import Tracker, check_tracking
+from lmc_dist.training import read_request
+from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.record import StepRecord
+from lmc_dist.unlearn.correction import Correction
+from lmc_dist.unlearn.reference import check_reference
+from lmc_dist.unlearn.replayed import replayed_correction
+from lmc_dist.unlearn.request import check_request
+
+EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotten ones are
+
+
+class AskedRun:
+    """The log, data and model of a configuration, and its request, checked; all ranks construct it together.
+
+    Attributes:
+        log: The logged run.
+        dataset: What it was trained on.
+        tokenizer: Of the model.
+        model_config: Of the model.
+        module: The model on shards, laid out like the log.
+        batches: Samples by id.
+        request: What to forget.
+        touched: Steps that hold any of it.
+        tracker: Told what progress is told.
+
+    Raises:
+        LmcError: On every rank, before any long work, for whatever does not fit.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.output_dir, self.tracker = Path(config.output_dir), Tracker()
+        with agreement():
+            check_tracking(config.wandb)
+            check_replaceable(self.output_dir, "result.json", config.overwrite)
+            self.check_settings()
+            opened = open_logged_run(config, runtime)
+            self.log, self.dataset, self.tokenizer = opened.log, opened.dataset, opened.tokenizer
+            self.model_config, self.module, self.batches = opened.model_config, opened.module, opened.batches
+            request = read_request(config, self.dataset)
+            if request is None:
+                raise LmcError("say what to forget: forget.samples, forget.split or forget.batches")
+            self.request: Counterfactual = request
+            self.touched: list[StepRecord] = check_request(
+                request, self.log.records(), self.batches, self.log.manifest.loss_normalization
+            )
+            if not self.touched:
+                raise LmcError("no logged step that changed the weights holds any of the forgotten data")
+            check_reference(self)
+            self.check_log()
+
+    def check_settings(self) -> None:
+        """Checks what can be checked before the log is opened. Local."""
+
+    def check_log(self) -> None:
+        """Checks what needs the log and the request. Local."""
+
+    @property
+    def progress(self) -> str:
+        """What of it is shown on this rank."""
+        return self.config.progress if self.runtime.is_main else "none"
+
+    def replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> tuple[Correction, dict[str, Any]]:
+        """The correction by exact replay, and how far it was certified by checksums on the way. Collective."""
+        model = starting_model(self.config, self.model_config, self.log)
+        return replayed_correction(self.log, model, self.batches, self.request, theta, progress)
+
+    def forgotten_ids(self) -> list[int]:
+        """Samples the request is about: its own, or those of its batches."""
+        if self.request.sample_ids:
+            seen = {i for record in self.touched for i in record.sample_ids}
+            return sorted(self.request.sample_ids & seen)
+        return sorted({i for record in self.touched for i in record.sample_ids})
+
+    def kept_ids(self) -> list[int]:
+        """The samples that were trained on and stay."""
+        forgotten = set(self.forgotten_ids())
+        return sorted({i for record in self.log.records() for i in record.sample_ids} - forgotten)
+
+    def retained_ids(self) -> list[int]:
+        """A fixed random selection of `kept_ids`."""
+        return epoch_order(self.kept_ids(), seed=0, epoch=0)[:EVALUATED_SAMPLES]
+
+    def describe(self) -> str:
+        """What is forgotten, in words."""
+        ids = self.forgotten_ids()
+        if self.request.batch_ids:
+            return f"{len(self.request.batch_ids)} batches of {len(ids)} samples"
+        if self.config.data.source == "generated":
+            people = len({i // PERSON_STRIDE for i in ids})
+            return f"{len(ids)} samples of {people} {'person' if people == 1 else 'people'}"
+        return f"{len(ids)} samples"
+
+    def losses(self, theta: ShardedVector) -> tuple[float, float]:
+        """(mean loss on forgotten, on retained samples). Collective."""
+        forget, retain = self.forgotten_ids(), self.retained_ids()
+        return tuple(mean_loss(self.module, theta, ids, self.batches) for ids in (forget, retain))  # type: ignore[return-value]
+
+    def asked(self) -> dict[str, Any]:
+        """The request, for result.json."""
+        return {
+            "what": self.describe(),
+            "samples": len(self.forgotten_ids()),
+            "steps": len(self.touched),
+            "num_steps": self.log.num_steps,
+            "counterfactual": self.request.kind,
+        }
+
+    def row(
+        self,
+        method: str,
+        label: str,
+        weights: ShardedVector,
+        gradients: float,
+        seconds: float | None,
+        theta: ShardedVector,
+        reference: ShardedVector | None,
+    ) -> dict[str, Any]:
+        """A method's row of the result table. Collective.
+
+        Args:
+            method: Its name.
+            label: In tables.
+            weights: Where it ends.
+            gradients: Its cost in gradients of a whole training batch.
+            seconds: Its time.
+            theta: Where doing nothing ends.
+            reference: Where retraining ends, if that is known.
+        """
+        forget, retain = (loss if math.isfinite(loss) else None for loss in self.losses(weights))
+        return {
+            "method": method,
+            "label": label,
+            "rel_error": None if reference is None else relative_error(weights, theta, reference),
+            "loss_forget": forget,
+            "loss_retain": retain,
+            "gradients": gradients,
+            "seconds": seconds,
+        }

@@ -1,0 +1,149 @@
+"""The batch scripts: rendered, and run on a real SLURM of two nodes with one process each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPO
+from slurm import Slurm, missing
+from test_faults import LLAMA, records_of
+
+from lmc_dist.config import SlurmConfig
+from lmc_dist.errors import LmcError
+from lmc_dist.slurm.render import JOBS, render
+from lmc_dist.trajectory.files import read_json
+from lmc_dist.trajectory.store import TrajectoryLog
+
+BIN = Path(sys.executable).parent
+STEPS = 60
+
+
+def test_the_scripts_in_the_repository_are_what_is_rendered() -> None:
+    for job in JOBS:
+        assert (REPO / f"launch/slurm/{job}.sbatch").read_text() == render(job, SlurmConfig()), (
+            f"lmc slurm render {job} --output launch/slurm/{job}.sbatch --overwrite true"
+        )
+
+
+def test_settings_are_filled_in_and_bad_ones_refused(tmp_path: Path) -> None:
+    settings = {"nodes": 4, "ranks_per_node": 2, "gpus_per_node": 2, "partition": "gpu", "time": "02:00:00"}
+    text = render("unlearn", SlurmConfig(**settings, setup="module load cuda"), "my run.yaml")
+    for line in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --time=02:00:00",
+    ):
+        assert line in text.splitlines()
+    assert "module load cuda" in text and "ARGUMENTS=(--config 'my run.yaml')" in text
+    for job in JOBS:
+        for launcher in ("torchrun", "deepspeed", "srun"):
+            script = tmp_path / f"{job}-{launcher}"
+            script.write_text(render(job, SlurmConfig(launcher=launcher)))
+            subprocess.run(["bash", "-n", str(script)], check=True)
+    for bad, said in (
+        ({"nodes": 0}, "slurm.nodes must be at least 1"),
+        ({"partition": "gpu; rm -r x"}, "slurm.partition must be a plain word"),
+        ({"ranks_per_node": 4}, "a rank has one GPU each"),
+        ({"launcher": "mpirun"}, "slurm.launcher is one of"),
+    ):
+        with pytest.raises(LmcError, match=said):
+            render("train", SlurmConfig(**bad))
+    with pytest.raises(LmcError, match="unknown job 'eval'"):
+        render("eval", SlurmConfig())
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if (reason := missing()) is not None:
+        if os.environ.get("LMC_REQUIRE_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    cluster = Slurm(tmp_path_factory.mktemp("slurm") / "cluster")
+    yield cluster
+    cluster.close()
+
+
+def submit(slurm: Slurm, folder: Path, job: str, launcher: str, config: Path, *options: str) -> str:
+    """The number of a job on two nodes, one rank each."""
+    script = folder / f"{job}-{launcher}.sbatch"
+    settings = SlurmConfig(
+        nodes=2,
+        ranks_per_node=1,
+        cpus_per_rank=1,
+        gpus_per_node=0,
+        launcher=launcher,
+        time="00:10:00",
+        grace=60,  # type: ignore[arg-type]
+    )
+    script.write_text(render(job, settings, str(config)))
+    path = f"{BIN}:{os.environ['PATH']}:/usr/sbin"
+    return slurm.run("sbatch", "--parsable", "--chdir", str(folder), str(script), *options, PATH=path).strip()
+
+
+def output(folder: Path) -> str:
+    texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*.out"))]
+    texts += [path.read_text(errors="replace") for path in sorted((folder / "logs").rglob("*")) if path.is_file()]
+    return "\n".join(texts)[-6000:]
+
+
+@pytest.mark.slow
+def test_a_job_on_two_nodes_is_requeued_and_ends_as_if_it_had_not_been(slurm: Slurm, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "data": {"people": 3, "facts_per_person": 4, "max_length": 64},
+        "model": {"config": LLAMA, "vocab_size": 280},
+        "train": {
+            "epochs": 20, "batch_size": 5, "micro_batch_size": 2, "learning_rate": 0.02, "optimizer": "adamw"
+        },
+        "log": {"save_interval": 10},
+    }  # fmt: skip
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    whole, log = tmp_path / "whole", tmp_path / "log"
+
+    # Two agents of torchrun on one host are two nodes as well: the run to compare with.
+    job = submit(slurm, tmp_path, "train", "torchrun", config, "--log_dir", str(whole))
+    slurm.wait(lambda: slurm.state(job) not in ("RUNNING", "PENDING", "COMPLETING"), 240)
+    assert slurm.state(job) == "COMPLETED", output(tmp_path)
+    assert TrajectoryLog(whole).num_steps == STEPS and TrajectoryLog(whole).manifest.world_size == 2
+
+    job = submit(slurm, tmp_path, "train", "deepspeed", config, "--log_dir", str(log))
+    slurm.wait(lambda: (log / "snapshots" / "step-10").is_dir() or slurm.state(job) == "FAILED", 240)
+    assert slurm.state(job) == "RUNNING", output(tmp_path)
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait(lambda: slurm.state(job) == "PENDING", 60)
+    stopped = TrajectoryLog(log).num_steps
+    print(f"requeued after step {stopped} of {STEPS}")
+    assert 10 <= stopped < STEPS and (log / "snapshots" / f"step-{stopped}").is_dir(), output(tmp_path)
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm.wait(lambda: slurm.state(job) not in ("RUNNING", "PENDING", "COMPLETING"), 240)
+    assert slurm.state(job) == "COMPLETED", output(tmp_path)
+    assert records_of(TrajectoryLog(log)) == records_of(TrajectoryLog(whole))
+
+    found = tmp_path / "unlearned"
+    sample = TrajectoryLog(log).record(1).sample_ids[0]
+    options = [
+        "--log_dir",
+        str(log),
+        "--forget.samples",
+        str(sample),
+        "--reference",
+        "replay",
+        "--output_dir",
+        str(found),
+    ]
+    job = submit(slurm, tmp_path, "unlearn", "srun", config, *options, "--unlearn.replay_head", "all")
+    slurm.wait(lambda: slurm.state(job) not in ("RUNNING", "PENDING", "COMPLETING"), 240)
+    assert slurm.state(job) == "COMPLETED", output(tmp_path)
+    result = read_json(found / "result.json")
+    assert result["status"] == "done" and result["world_size"] == 2 and result["rel_error"] == 0
+    bad = submit(slurm, tmp_path, "unlearn", "srun", config, "--log_dir", str(tmp_path / "nowhere"))
+    slurm.wait(lambda: slurm.state(bad) not in ("RUNNING", "PENDING", "COMPLETING"), 120)
+    assert slurm.state(bad) == "FAILED" and "nowhere" in output(tmp_path)

@@ -1,0 +1,133 @@
+"""Jobs that are asked to stop, and jobs that lose a rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from forks import Forks, Group
+from test_faults import finished, records_of, tiny_config
+
+from lmc_dist.config import Config, ForgetConfig, UnlearnConfig
+from lmc_dist.runtime import STOPPED
+from lmc_dist.shards.checksum import checksum
+from lmc_dist.stopping import STOP_FILE
+from lmc_dist.trajectory.files import read_json
+from lmc_dist.trajectory.store import TrajectoryLog
+
+STEPS = 27  # all nine epochs
+
+
+def work_job(config: Config, what: str, patience: float = 40.0) -> None:
+    """A command as the launcher's ranks run it."""
+    import torch.distributed as dist
+
+    from lmc_dist import watchdog
+    from lmc_dist.cli import train_work, unlearn_work
+    from lmc_dist.runtime import Runtime
+
+    os.environ[watchdog.PATIENCE] = str(patience)
+    watchdog.start(dist.get_rank(), dist.get_world_size())
+    runtime = Runtime(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    {"train": train_work, "unlearn": unlearn_work}[what](config, runtime)
+
+
+def slowly(seconds: float, rank: int) -> None:
+    """Makes every step of this process take a little longer, so that a signal arrives in the middle."""
+    import lmc_dist.stopping
+
+    asked = lmc_dist.stopping.stop_asked
+
+    def wait(group: Any = None) -> str | None:
+        time.sleep(seconds)
+        return asked(group)
+
+    for module in ("lmc_dist.training", "lmc_dist.unlearn.sweep"):
+        __import__(module, fromlist=["stop_asked"]).stop_asked = wait
+
+
+def with_stop_file(path: str, rank: int) -> None:
+    os.environ[STOP_FILE] = path
+
+
+def wait_for(group: Group, found: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not found():
+        assert not group.statuses() and time.monotonic() < deadline, group.output()
+        time.sleep(0.02)
+
+
+def test_training_stops_after_a_step_and_goes_on_to_the_bit(forks: Forks, tmp_path: Path) -> None:
+    whole = finished(forks, tiny_config(tmp_path / "whole", steps=STEPS))
+    config = tiny_config(tmp_path, steps=STEPS)
+    log = Path(config.log_dir)
+    group = forks.start(tmp_path / "out", 2, work_job, config, "train", before=partial(slowly, 0.05))
+    wait_for(group, lambda: (log / "snapshots" / "step-6").is_dir())
+    os.kill(group.pids[1], signal.SIGUSR1)  # one of them is enough
+    assert group.wait() == [STOPPED, STOPPED], group.output()
+    assert "the same command with --resume true goes on), as SIGUSR1 asked" in group.output()
+    stopped = TrajectoryLog(log).num_steps
+    assert 6 <= stopped < STEPS and (log / "snapshots" / f"step-{stopped}").is_dir()  # no step is done twice
+
+    file = tmp_path / "stop"
+    file.touch()
+    group = forks.start(tmp_path / "out", 2, work_job, config, "train", before=partial(with_stop_file, str(file)))
+    assert group.wait() == [STOPPED, STOPPED], group.output()
+    assert file.read_text() == "stopped\n" and TrajectoryLog(log).num_steps == stopped + 1
+
+    group = forks.start(tmp_path / "out", 2, work_job, config, "train")
+    assert group.wait() == [0, 0], group.output()
+    found = TrajectoryLog(log)
+    assert records_of(found) == records_of(whole)
+    assert checksum(found.theta(STEPS)) == checksum(whole.theta(STEPS))
+
+
+def test_unlearning_stops_at_a_mark_and_goes_on_to_the_bit(forks: Forks, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=STEPS)
+    log = finished(forks, config)
+    asked = ForgetConfig(samples=str(log.record(1).sample_ids[0]))
+    config = replace(config, forget=asked, unlearn=UnlearnConfig(mark_every=10), progress="none", resume=False)
+    whole, stopped = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "stopped"))
+    group = forks.start(tmp_path / "out", 2, work_job, whole, "unlearn")
+    assert group.wait() == [0, 0], group.output()
+    group = forks.start(tmp_path / "out", 2, work_job, stopped, "unlearn", before=partial(slowly, 0.05))
+    wait_for(group, lambda: list((tmp_path / "stopped.work").glob("*/passes/*/mark-*")))
+    os.kill(group.pids[0], signal.SIGTERM)
+    assert group.wait() == [STOPPED, STOPPED], group.output()
+    assert "(the same command goes on), as SIGTERM asked" in group.output()
+    assert not (tmp_path / "stopped").exists()
+    group = forks.start(tmp_path / "out", 2, work_job, stopped, "unlearn")
+    assert group.wait() == [0, 0], group.output()
+    assert not (tmp_path / "stopped.work").exists() and not (tmp_path / "whole.work").exists()
+    from safetensors.torch import load_file
+
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/correction").glob("*.safetensors"))
+    assert len(files) >= 2
+    for file in files:
+        one, two = load_file(tmp_path / "whole" / file), load_file(tmp_path / "stopped" / file)
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), file
+    results = [read_json(tmp_path / name / "result.json") for name in ("whole", "stopped")]
+    assert results[0]["v_norm"] == results[1]["v_norm"] > 0
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_name(forks: Forks, tmp_path: Path) -> None:
+    for name, how, patience in (("killed", signal.SIGKILL, 40.0), ("frozen", signal.SIGSTOP, 3.0)):
+        config = tiny_config(tmp_path / name, steps=4000)
+        group = forks.start(tmp_path / f"{name}-out", 3, work_job, config, "train", patience)
+        wait_for(group, lambda: (Path(config.log_dir) / "snapshots" / "step-3").is_dir())  # noqa: B023
+        began, victim = time.monotonic(), 1
+        os.kill(group.pids[victim], how)
+        while {0, 2} - set(group.statuses()):
+            assert time.monotonic() - began < 60, group.output()
+            time.sleep(0.05)
+        print(f"{name}: {time.monotonic() - began:.1f} s")
+        assert group.statuses()[0] == group.statuses()[2] == 1
+        assert f"rank {victim} (process {group.pids[victim]} on " in group.output(), group.output()
+        group.kill([victim])
+        group.wait()
