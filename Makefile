@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup peers demo test lint typecheck bench clean
+.PHONY: help setup peers demo test lint typecheck docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## */\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ lint: $(READY) typecheck ## check style, formatting and types
 
 typecheck: $(READY) ## check types (part of lint)
 	$(BIN)/mypy lmc_dist
+
+docs: $(READY) ## build the documentation, warnings are errors; writes runs/docs
+	$(BIN)/mkdocs build --quiet --strict --site-dir runs/docs
 
 bench: $(READY) $(PEERS) ## run every benchmark; writes runs/bench/NAME.json
 	@mkdir -p runs/bench

@@ -47,12 +47,28 @@ EVALUATE = [
     "scipy",
 ]
 
+# tracking of runs; `lmc sweep` without it takes --wandb.project null, or WANDB_MODE=disabled
+WANDB = [
+    "wandb",
+]
+
+# `make docs`
+DOCS = [
+    "mkdocs-material",
+    "mkdocstrings[python]",
+]
+
 EXTRAS_REQUIRE = {
     "evaluate": EVALUATE,
     "report": REPORT,
+    "wandb": WANDB,
+    "sweep": [*EVALUATE, *REPORT, *WANDB],
+    "docs": DOCS,
     "dev": [
         *EVALUATE,
         *REPORT,
+        *WANDB,
+        *DOCS,
         "scikit-learn",  # the area under the curve, for comparison
         "pytest",
         "pytest-timeout",

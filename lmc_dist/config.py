@@ -18,9 +18,10 @@ class DataConfig:
     """Where the samples come from.
 
     Attributes:
-        source: `generated` (invented biographies), `tofu` (a folder with full.jsonl, or a hub name) or `jsonl`.
-        path: Folder, file or hub name; not used by `generated`.
-        rows: Row range `start:stop` of the source; ids stay those of the whole source.
+        source: `generated` (invented biographies), `tofu` (a folder with full.jsonl, or a hub name), `jsonl`, or `log`: the
+            samples that the log itself keeps (log.save_batch_data), for runs whose data another program prepared.
+        path: Folder, file or hub name; not used by `generated` and `log`.
+        rows: Row ranges `start:stop` of the source, separated by commas; ids stay those of the whole source.
         people: Invented people (`generated`).
         facts_per_person: Question/answer pairs per person (`generated`).
         seed: Seed of the generated corpus.
@@ -28,7 +29,7 @@ class DataConfig:
         prompt: Template around the question; its tokens are not targets.
     """
 
-    source: Literal["generated", "tofu", "jsonl"] = "generated"
+    source: Literal["generated", "tofu", "jsonl", "log"] = "generated"
     path: str | None = None
     rows: str | None = None
     people: int = 60
@@ -450,6 +451,8 @@ class SweepConfig:
         data: Folder of the data: LMC_DATA; null likewise.
         model: Folder of the model: LMC_MODEL; null likewise.
         ranks: Processes of each cell: LMC_RANKS; null likewise.
+        fork: Run each cell as one process on the CPU, forked from the runner, in place of its command line: small cells
+            then do not spend most of their time on starting a launcher and importing.
         seed: Of the draws where a file's method is `random`.
         retry: Run cells again that failed in an earlier run.
         remove_logs: Remove the trained models and logs that cells share, once all cells are finished.
@@ -461,6 +464,7 @@ class SweepConfig:
     data: str | None = None
     model: str | None = None
     ranks: int | None = None
+    fork: bool = False
     seed: int = 0
     retry: bool = True
     remove_logs: bool = False

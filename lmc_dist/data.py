@@ -100,30 +100,38 @@ def _tofu_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _row_range(spec: str | None, size: int) -> slice:
-    if spec is None:
-        return slice(None)
-    if not (match := re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", spec)):
-        raise LmcError(f"data.rows is {spec!r}; write 'start:stop', such as '0:400'")
-    start, stop = int(match[1] or 0), int(match[2] or size)
-    if not start < stop <= size:
-        raise LmcError(f"data.rows is {spec!r}, but the source has {size} rows; choose 0 <= start < stop <= {size}")
-    return slice(start, stop)
+def _row_range(spec: str | None, size: int) -> list[int]:
+    """Positions of the rows that `data.rows` names."""
+    found: list[int] = []
+    for part in [":"] if spec is None else spec.split(","):
+        if not (match := re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", part)):
+            raise LmcError(f"data.rows is {spec!r}; write 'start:stop', such as '0:400', several with commas between")
+        start, stop = int(match[1] or 0), int(match[2] or size)
+        if not (found[-1] + 1 if found else 0) <= start < stop <= size:
+            raise LmcError(
+                f"data.rows is {spec!r}, but the source has {size} rows; choose 0 <= start < stop <= {size}, ranges in order"
+            )
+        found += range(start, stop)
+    return found
 
 
 def load_rows(config: DataConfig) -> list[dict[str, Any]]:
     """Loads the rows that ``config`` names, each with at least ``id``, ``question`` and ``answer``."""
     if config.source == "generated":
         rows = generate_biographies(config.people, config.facts_per_person, config.seed)
+    elif config.source == "log":
+        raise LmcError(
+            "data.source 'log' brings samples that are tokenised: give model.path, with the tokenizer of training"
+        )
     elif config.source not in ("tofu", "jsonl"):
-        raise LmcError(f"data.source is {config.source!r}; choose 'generated', 'tofu' or 'jsonl'")
+        raise LmcError(f"data.source is {config.source!r}; choose 'generated', 'tofu', 'jsonl' or 'log'")
     elif not config.path:
         raise LmcError(f"data.path is missing; data.source = {config.source!r} needs it")
     elif config.source == "tofu":
         rows = _tofu_rows(config.path)
     else:
         rows = _checked_rows(config.path, _json_lines(config.path), own_ids=True)
-    return rows[_row_range(config.rows, len(rows))]
+    return [rows[position] for position in _row_range(config.rows, len(rows))]
 
 
 def named_splits(config: DataConfig, ids: Iterable[int]) -> dict[str, list[int]]:

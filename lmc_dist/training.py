@@ -42,6 +42,7 @@ from lmc_dist.trajectory.files import MANIFEST_FILE, write_json
 from lmc_dist.trajectory.lock import require_free
 from lmc_dist.trajectory.logger import TrainingLogger
 from lmc_dist.trajectory.manifest import read_manifest
+from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.request import make_request
 
 logger = logging.getLogger("lmc_dist")
@@ -93,6 +94,8 @@ def build_tokenizer(config: Config) -> Any:
 def build_dataset(config: Config) -> tuple[SampleDataset, Any]:
     """(dataset, tokenizer)."""
     tokenizer = build_tokenizer(config)
+    if config.data.source == "log":
+        return TrajectoryLog(config.log_dir).samples(), tokenizer
     return load_dataset(config.data, tokenizer), tokenizer
 
 
@@ -375,6 +378,8 @@ def check_targets(config: Config) -> None:
     Raises:
         LmcError: Something is there that is neither to be resumed nor to be overwritten, or another job is at it.
     """
+    if config.data.source == "log":
+        raise LmcError("data.source 'log' is for unlearning: training needs data that is not in the log it writes")
     if config.resume and config.overwrite:
         raise LmcError("resume continues the log in log_dir, overwrite removes it: give one of them")
     log_dir = Path(config.log_dir)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmc_dist.errors import LmcError
+from lmc_dist.errors import LmcError, Stopped
 from lmc_dist.ports import free_port
-from lmc_dist.runtime import Runtime, agreement, broadcast_object
+from lmc_dist.runtime import STOPPED, Runtime, agreement, broadcast_object
 from lmc_dist.trajectory.files import write_json
 
 
@@ -39,6 +39,8 @@ def train_apart(settings: dict[str, Any], folder: Path, runtime: Runtime, what: 
         status = subprocess.run(
             command, env=child_environment(port), stdout=file, stderr=subprocess.STDOUT, check=False
         ).returncode
+        if status == STOPPED:
+            raise Stopped(f"{what} was asked to stop")
         if status != 0:
             tail = "\n".join(output.read_text().strip().splitlines()[-15:])
             raise LmcError(f"{what} failed with status {status}:\n{tail}")

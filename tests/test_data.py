@@ -132,8 +132,9 @@ class TestLoadRows:
         assert load_rows(Config(rows="7:12")) == rows[7:12]
         assert [row["id"] for row in load_rows(Config(rows="58:"))] == [1103, 1104]
         assert load_rows(Config(rows=":3")) == rows[:3]
+        assert load_rows(Config(rows=":3, 7:9,58:")) == [*rows[:3], *rows[7:9], *rows[58:]]
 
-    @pytest.mark.parametrize("spec", ["5", "a:b", "5:5", "9:5", "0:61", "-5:", "1:2:3"])
+    @pytest.mark.parametrize("spec", ["5", "a:b", "5:5", "9:5", "0:61", "-5:", "1:2:3", "0:5,4:8", "0:5,"])
     def test_bad_range(self, spec):
         with pytest.raises(LmcError, match=r"data\.rows is"):
             load_rows(Config(rows=spec))

@@ -321,6 +321,107 @@ def test_the_command(make: Callable[..., str], tmp_path: Path) -> None:
     assert found.stdout.strip() == "[]"
 
 
+# --- sweeps ------------------------------------------------------------------------------------------------------------------
+
+
+def cell_of(method: str, seed: int, error: float | None, split: str = "forget01", **changes: Any) -> dict[str, Any]:
+    """A row of sweep.json."""
+    shift = 0.01 * seed
+    metric = {"value": 0.3 + shift, "retrain": 0.25, "distance": 0.05 + shift}
+    names = ("forget.probability", "auc.loss", "forget_quality.ks_statistic", "retain.probability")
+    row: dict[str, Any] = {
+        "name": f"{split}-seed{seed}-{method}",
+        "method": method,
+        "label": {"lmcleaner": "LMCleaner, GGN, K=all", "do_nothing": "do nothing"}.get(method, method),
+        "split": split,
+        "seed": seed,
+        "data_seed": 0,
+        "model": "model",
+        "hessian_mode": "GGN" if method == "lmcleaner" else None,
+        "replay_head": 0 if method == "lmcleaner" else None,
+        "rel_error": None if error is None else error + shift,
+        "loss_forget": 3.0 + shift,
+        "loss_retain": 2.5,
+        "gradients": 60.0,
+        "seconds": 4.0,
+        "v_norm": 0.1,
+        "growth_max": 1.01,
+        "metrics": dict.fromkeys(names, metric),
+        "failure": None,
+        "world_size": 2,
+        "versions": {"torch": "2.13.0"},
+        "request": {"samples": 40, "steps": 30, "num_steps": 60, "counterfactual": "renormalize"},
+        "settings": {"data": {"source": "tofu", "rows": "0:400"}, "train": {"optimizer": "sgd", "engine": "ddp"}},
+    }
+    return row | changes
+
+
+def sweep_of() -> list[dict[str, Any]]:
+    errors = {"do_nothing": 1.0, "npo": 1.2, "tim": 0.8, "lmcleaner": 0.3, "replay": 0.0, "retrain": 0.0}
+    rows = [cell_of(method, seed, error) for seed in range(3) for method, error in errors.items()]
+    head = {"label": "LMCleaner, GGN, K=all, head 10", "replay_head": 10}
+    rows += [cell_of("lmcleaner", seed, 0.2, **head) for seed in range(3)]
+    failure = {"failure": {"reason": "the correction diverged", "log": "output.txt"}}
+    return [*rows, cell_of("lmcleaner", 0, None, "forget10", **failure), cell_of("do_nothing", 0, 1.0, "forget10")]
+
+
+@pytest.fixture
+def make_sweep(tmp_path: Path) -> Callable[..., str]:
+    def write(rows: Any = None, name: str = "sweep", **more: Any) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        content = {
+            "cells": sweep_of() if rows is None else rows,
+            "files": [{"path": "a.yaml", "content": {"method": "grid"}}],
+        }
+        (folder / "sweep.json").write_text(json.dumps(content | more))
+        return str(folder)
+
+    return write
+
+
+def test_a_sweep_is_told(make: Callable[..., str], make_sweep: Callable[..., str], tmp_path: Path) -> None:
+    folder = make_sweep(dropped=[{"parameters": {"unlearn.K": 5}, "same_as": "forget01-seed0-replay"}])
+    page, text, rows = reported(tmp_path / "report", folder, make("a"))
+    walk = Walk(page)
+    told = (
+        "Sweep: forgot forget01", "Sweep: forgot forget10", "Forgot 5 samples of 2 people",  # and a run beside it
+        "LMCleaner, GGN, K=all, head 10, rel_error 0.210 ± 0.010 at 60.0 gradients",  # the closest
+        "1 of 4 did harm", "0.310 ± 0.010", "mean ± s.d. over seeds: 0 is the aim", "0.06 ± 0.01",
+        "30 of 60", "sgd", "Cells that failed", "the correction diverged", "Cells left out", "2.13.0",
+    )  # fmt: skip
+    plain = text.replace("\\", "")
+    for words in told:
+        assert words in walk.text and words in plain, words
+    assert "lower is better" not in walk.text.replace("lower and further left is better", "")
+    assert walk.counts["svg"] == 2 + 2 and "GGN, K=all: 0.31 at 60" in walk.alts[0]
+    assert sum(row["group"].endswith(": forget01") for row in rows) == 21 and rows[-1]["method"] == "do_nothing"
+
+
+def test_a_sweep_may_hold_anything(make_sweep: Callable[..., str], tmp_path: Path) -> None:
+    def spoilt(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: spoilt(part) if key != "method" else part for key, part in value.items()} | {HOSTILE: HOSTILE}
+        if isinstance(value, list):
+            return [spoilt(part) for part in value]
+        return HOSTILE if isinstance(value, str) else value
+
+    bad = {"rel_error": 10**400, "seconds": math.nan, "metrics": [3], "seed": "x", "versions": 3, "request": None}
+    rows = [
+        *spoilt(sweep_of()),
+        cell_of("ga", 0, 0.5) | bad,
+        cell_of("npo", 1, None, metrics={"auc.loss": {"value": []}}),
+    ]
+    page, text, _ = reported(tmp_path / "report", make_sweep(rows, dropped=[3, {}], files=3))
+    walk = Walk(page)
+    assert walk.text.count("<script>") > 5 and "<script>" not in text
+    assert not re.search(r"\b(nan|inf|None)\b", " ".join(walk.words))
+    for i, content in enumerate(([], [3], [{"method": "ga"}], [cell_of("nonsense", 0, 0.1)])):
+        config = Config(report=ReportConfig(runs=make_sweep(content, f"bad-{i}"), output=str(tmp_path / "none")))
+        with pytest.raises(LmcError, match=r"sweep\.json is not of a sweep"):
+            report(config)
+
+
 def test_distances_by_parameter(tmp_path: Path) -> None:
     """From shards of two ranks, against whole vectors."""
     params = (ParamSpec("a.weight", (5, 3)), ParamSpec("b.bias", (7,)), ParamSpec("still", (2,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ FORGOTTEN = frozenset({3, 101, 204})
 
 def configured(engine: str) -> None:
     """What a script without a GPU does first, or the Trainer would run as one process."""
-    import os
-
     from accelerate import PartialState
 
     if engine.startswith("deepspeed"):
@@ -219,15 +218,6 @@ def engine_job(folder: Path, engine: str) -> None:
         wrong.train()
 
 
-@pytest.mark.parametrize("engine", ["deepspeed-zero3", "deepspeed-zero2", "ddp", "single"])
-def test_corrected_in_train_at_init_and_fine_tuned(tmp_path: Path, engine: str) -> None:
-    pool = Pool(1 if engine == "single" else 2, join=engine != "single")
-    try:
-        pool.run(engine_job, tmp_path, engine)
-    finally:
-        pool.close()
-
-
 def optimizer_job(folder: Path) -> None:
     """AdamW: the optimizer's state of a loaded checkpoint is corrected together with the weights."""
     configured("single")
@@ -254,14 +244,6 @@ def optimizer_job(folder: Path) -> None:
     fresh = cleaner(config, folder, "fresh", "single", model_at(config, theta), replay_head=2, optim="adamw_torch")
     fresh.train()
     assert not engine_shards(fresh.model, fresh.optimizer).has_state
-
-
-def test_optimizer_state_of_a_checkpoint_is_corrected(tmp_path: Path) -> None:
-    pool = Pool(1, join=False)
-    try:
-        pool.run(optimizer_job, tmp_path)
-    finally:
-        pool.close()
 
 
 class Plain(torch.utils.data.Dataset):
@@ -323,35 +305,25 @@ def batch_job(folder: Path) -> None:
         with pytest.raises(LmcError, match=message):
             make("refused", data, **changes)
     assert not (folder / "refused" / "result.json").exists()
+    os.environ["WORLD_SIZE"] = "2"  # a launcher that this Trainer has not seen
+    with pytest.raises(LmcError, match="the Trainer counts 1 processes, the launcher started 2"):
+        make("refused", dataset)
 
 
-def test_batches_from_any_dataset_and_what_is_refused(tmp_path: Path) -> None:
-    pool = Pool(1, join=False)
+# Processes that transformers and accelerate leave their state in are not shared with other tests.
+JOBS: dict[str, tuple[int, bool, list[tuple[Any, ...]]]] = {
+    "deepspeed": (2, True, [(engine_job, "deepspeed-zero2"), (engine_job, "deepspeed-zero3")]),
+    "ddp": (2, True, [(engine_job, "ddp")]),
+    "one process": (1, False, [(engine_job, "single"), (optimizer_job,), (batch_job,)]),
+}
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_corrected_in_train_at_init_and_fine_tuned(tmp_path: Path, kind: str) -> None:
+    world_size, join, jobs = JOBS[kind]
+    pool = Pool(world_size, join)
     try:
-        pool.run(batch_job, tmp_path)
-    finally:
-        pool.close()
-
-
-def silent_job(folder: Path) -> str:
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = small_config(folder)
-    with pytest.raises(LmcError, match="the Trainer counts 1 processes, the launcher started 2") as caught:
-        lmc_dist.LMCleanerSampleLevel(
-            model=model_at(config),
-            args=arguments(folder / "hf", "deepspeed-zero3", use_cpu=False, accelerator_config=None),
-            train_dataset=data_of(config),
-            training_log_dir=str(folder / "log"),
-            forget_sample_ids=FORGOTTEN,
-        )
-    return str(caught.value)
-
-
-def test_trainer_that_ignores_the_launcher_is_stopped_at_init(tmp_path: Path) -> None:
-    pool = Pool(2, join=False)
-    try:
-        pool.run(silent_job, tmp_path)
+        for i, (job, *arguments) in enumerate(jobs):
+            pool.run(job, tmp_path / str(i), *arguments)
     finally:
         pool.close()

@@ -255,6 +255,7 @@ class Passes(ABC):
             constants = next(frozen)
             for state in self.states:
                 self._push(state, i + 1, constants, parameters, tangents)
+            del parameters, tangents  # before the next block is unpacked beside them
 
     def _push(
         self, state: State, index: int, constants: Parameters, parameters: Parameters, tangents: Sequence[Parameters]
@@ -279,6 +280,7 @@ class Passes(ABC):
             total = self._zeros(segment)
             for state in self.states:
                 self._pull(state, i + 1, constants, parameters, tangents, total)
+            del parameters, tangents
             segment.add_to(results, reduce_scatter(total, self.module.layout.group))
         for state in self.states:
             self._pull(state, 0, self.outer_constants, self.outer, self.outer_tangents, self.outer_total)

@@ -117,7 +117,7 @@ def _diagnose(config: Config, runtime: Runtime) -> tuple[list[Check], Outlook | 
         return checks, None
     batches = DatasetBatches(dataset)
     if tokenizer is not None:
-        checks.append(_fingerprint(log, dataset))
+        checks.append(_fingerprint(log, dataset, config.data.source))
     ids, advice = dataset.ids, "give the dataset that was trained on"
     checks.append(check_ids(log, ids))
     checks.append(guarded("denominators", advice, lambda: check_denominators(log, batches)))
@@ -129,7 +129,9 @@ def _diagnose(config: Config, runtime: Runtime) -> tuple[list[Check], Outlook | 
     return checks, None if request is None else outlook(log, request, batches)
 
 
-def _fingerprint(log: TrajectoryLog, dataset: SampleDataset) -> Check:
+def _fingerprint(log: TrajectoryLog, dataset: SampleDataset, source: str) -> Check:
+    if source == "log":
+        return Check("dataset", "ok", f"the {len(dataset):,} samples that the log keeps")
     logged = log.manifest.dataset_fingerprint
     if logged is None:
         return Check("dataset", "warning", "the log does not say which dataset it was trained on", "compare by hand")

@@ -13,8 +13,10 @@ from typing import Any
 
 from lmc_dist.curvature.passes import OUTPUT_BYTES
 from lmc_dist.planner.facts import LogFacts, ModelFacts, Pass, Passes
+from lmc_dist.update_rules.sharded import CHUNK
 
 AHEAD = 2  # vectors that reading ahead keeps, see trajectory/prefetch.py
+RULE = 6  # chunks of a vector that the update rule's tangent makes on the way, a kind of state more the same again
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,11 @@ def product_bytes(model: ModelFacts, mode: str, num_vectors: int, passes: Sequen
     cotangents = (1 + m if mode == "exact" else results) * boundary
     back = model.blocks * kept * boundary + cotangents + graph + gathered_back
     back += (results + (2 if mode == "exact" else 1)) * block
+    # A block is copied out of what was gathered while the next one is on its way.
+    copied = max(1.5 * gathered + m * boundary if m else 0.0, 1.5 * gathered_back + cotangents)
+    copied += model.blocks * kept * boundary
     end = is_many * (m > 1) * m * outside
-    return model.itemsize * (standing + max(forward, turn, back, end))
+    return model.itemsize * (standing + max(forward, turn, back, copied, end))
 
 
 def _chunk(model: ModelFacts, passes: Sequence[Pass]) -> float:
@@ -168,9 +173,10 @@ def sweep_peak(
     if has_head:
         work = max(work, product_bytes(model, "secant", 1, passes, world_size))
     is_met = num_sources > 1  # by deviations under way
-    peak = Peak.of(standing + deviations + is_met * own, m * (2 + k) * own, work)
+    rule = RULE * (1 + k) * min(own, CHUNK * model.itemsize)
+    peak = Peak.of(standing + deviations + is_met * own, m * (2 + k) * own + rule, work)
     if num_sources:
-        peak = peak.or_larger(Peak.of(standing + is_met * deviations, (2 + k) * own, gradient))
+        peak = peak.or_larger(Peak.of(standing + is_met * deviations, (2 + k) * own + rule, gradient))
     return peak
 
 

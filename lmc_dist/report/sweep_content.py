@@ -10,7 +10,7 @@ from lmc_dist.report import sweep_pictures
 from lmc_dist.report.collect import Stat, at
 from lmc_dist.report.content import Section
 from lmc_dist.report.sweeps import EXACT, Cells, SweepRun, seeds_of
-from lmc_dist.report.tables import NONE, Table, distinct, stat_text, value_text
+from lmc_dist.report.tables import NONE, Table, cost_form, distinct, stat_text, value_text
 
 FORGOTTEN = {
     "forget.probability": "Probability",
@@ -70,7 +70,7 @@ def summary(cells: Sequence[Cells]) -> str:
     told = f"Closest to retraining of {len(judged)} approximate methods: {_placed(best)}"
     cheaper = [c for c in judged if cost is not None and (c.figure("gradients").mean or 0.0) < cost]
     if cost is not None:
-        told += f", where retraining takes {value_text(round(cost, 1))}"
+        told += f", where retraining takes {format(cost, cost_form(cost))}"
         if best not in cheaper and cheaper:
             told += f"; of those cheaper than that: {_placed(min(cheaper, key=lambda c: c.figure('rel_error').mean or 0.0))}"
     harmful = sum((c.figure("rel_error").mean or 0.0) > 1 for c in judged)
@@ -78,12 +78,9 @@ def summary(cells: Sequence[Cells]) -> str:
 
 
 def _placed(c: Cells) -> str:
-    runs = len(c.rows)
-    error, cost = (
-        stat_text(c.figure("rel_error"), "rel_error", runs),
-        stat_text(c.figure("gradients"), "gradients", runs),
-    )
-    return f"{c.label}, rel_error {error} at {cost} gradients"
+    cost = c.figure("gradients").mean
+    told = NONE if cost is None else format(cost, cost_form(cost))
+    return f"{c.label}, rel_error {stat_text(c.figure('rel_error'), 'rel_error', len(c.rows))} at {told} gradients"
 
 
 def _asked(sweep: SweepRun, split: str) -> list[tuple[str, str]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lmc_dist.shards.layout import ParamSpec, ShardLayout
@@ -93,6 +92,8 @@ def skeleton_of(module: nn.Module) -> nn.Module:
 @contextmanager
 def _plain_classes(module: nn.Module) -> Iterator[None]:
     """The modules that `fully_shard` gave another class, which refuses to be copied, as what they were."""
+    from torch.distributed.fsdp import FSDPModule
+
     changed = [(part, type(part)) for part in module.modules() if isinstance(part, FSDPModule)]
     for part, kind in changed:
         part.__class__ = kind.__bases__[1]

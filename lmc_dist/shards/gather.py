@@ -162,6 +162,14 @@ def unpack(full: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
     """
     columns = torch.split(full, [slot.padded for slot in layout], dim=-1)
     return {
-        slot.spec.name: column.reshape(-1)[: slot.spec.numel].view(slot.spec.shape)
+        slot.spec.name: flattened(column)[: slot.spec.numel].view(slot.spec.shape)
         for slot, column in zip(layout, columns, strict=True)
     }
+
+
+def flattened(column: torch.Tensor) -> torch.Tensor:
+    """(W, L) as (W·L,); a view on one rank, a copy on several.
+
+    A column of single elements could be viewed as well, and would keep the whole buffer alive as long as a norm's weight.
+    """
+    return column.reshape(-1).contiguous()

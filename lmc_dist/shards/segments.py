@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from lmc_dist.shards.gather import flattened
 from lmc_dist.shards.layout import ShardLayout, Slot
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Segment:
         """Gathered (W, L of the segment) → parameters by the names the segment's module knows; views where W = 1."""
         columns = torch.split(full, [slot.padded for slot in self.slots], dim=-1)
         return {
-            slot.spec.name[self.strip :]: column.reshape(-1)[: slot.spec.numel].view(slot.spec.shape)
+            slot.spec.name[self.strip :]: flattened(column)[: slot.spec.numel].view(slot.spec.shape)
             for slot, column in zip(self.slots, columns, strict=True)
         }
 

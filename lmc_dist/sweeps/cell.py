@@ -84,26 +84,27 @@ def cell(config: Config, runtime: Runtime) -> dict[str, Any]:
 
     with turn(path.parent, is_finished, runtime) as is_mine:
         if is_mine:
-            row = empty_row(identity)
-            row |= {"world_size": runtime.world_size, "versions": package_versions()}
+            row = empty_row(identity) | {"world_size": runtime.world_size, "versions": package_versions()}
             with ExitStack() as stack:
+                with agreement():
+                    named = replace(config.wandb, name=config.wandb.name or identity.name)
+                    of_cell = replace(identity.config, wandb=named)
+                    tracker = stack.enter_context(tracked(of_cell, runtime.is_main, config.cell.folder))
+                failure: LmcError | None = None
                 try:
-                    with agreement():
-                        named = replace(config.wandb, name=config.wandb.name or identity.name)
-                        of_cell = replace(identity.config, wandb=named)
-                        tracker = stack.enter_context(tracked(of_cell, runtime.is_main, config.cell.folder))
                     row |= _Work(identity, path.parent, runtime, tracker).figures()
-                except Stopped:  # it was asked to, and is to be done again
+                except Stopped:  # as was asked; it is to be done again
                     raise
                 except LmcError as error:  # the same on all ranks
+                    failure = error
                     row["failure"] = {"reason": str(error)[:2000], "log": None}
-                    raise
-                finally:
-                    if runtime.is_main and (row["failure"] is not None or row["rel_error"] is not None):
-                        row["seconds_cell"] = time.perf_counter() - started
-                        write_json(path, row)
+                with agreement():
+                    if runtime.is_main:
+                        write_json(path, row | {"seconds_cell": time.perf_counter() - started})
                 shown = {key: row[key] for key in (*FIGURES, "method", "label", "split", "seed")}
                 tracker.summary({**shown, "metrics": row["metrics"]})
+                if failure is not None:
+                    raise failure
     with agreement():
         return read_json(path)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmc_dist.config import Config
+from lmc_dist.data import load_rows
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.compare import compare
 from lmc_dist.evaluate.measure import Measured, measure
@@ -37,6 +38,8 @@ class Judge:
             given = replace(config, evaluate=replace(config.evaluate, retrain="that of the cell"), json=None)
             check_settings(given)
             self.forgotten = forgotten_ids(config)
+            rows = [row["id"] for row in load_rows(config.data)]
+            load_questions(str(config.data.path), self.forgotten, rows)  # whatever is wrong with them, before training
 
     def ask(self, log_dir: Path) -> None:
         """Settles the questions: those on forgotten rows that training saw, and on others that it saw. Collective.

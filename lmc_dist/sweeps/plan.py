@@ -20,11 +20,13 @@ class PlannedCell:
     Attributes:
         identity: What it is.
         command: What starts it.
+        arguments: What its program is given there.
         path: Its sweep file.
     """
 
     identity: Identity
     command: list[str]
+    arguments: list[str]
     path: str
 
 
@@ -50,7 +52,8 @@ class SweepPlan:
 
 def environment_of(sweep: SweepConfig) -> dict[str, str]:
     """Variables for the commands of sweep files: those of the environment, and what the options say instead. Local."""
-    given = {"LMC_DATA": sweep.data, "LMC_MODEL": sweep.model, "LMC_OUTPUT": sweep.output, "LMC_RANKS": sweep.ranks}
+    ranks = 1 if sweep.fork else sweep.ranks
+    given = {"LMC_DATA": sweep.data, "LMC_MODEL": sweep.model, "LMC_OUTPUT": sweep.output, "LMC_RANKS": ranks}
     return {**os.environ, **{name: str(value) for name, value in given.items() if value is not None}}
 
 
@@ -72,12 +75,13 @@ def plan_sweep(paths: Sequence[str], environment: Mapping[str, str], seed: int) 
     for file in files:
         for parameters in combinations(file, seed):
             command = render(file, parameters, environment)
-            identity = identify(parse("cell", program_arguments(file, command)))
+            arguments = program_arguments(file, command)
+            identity = identify(parse("cell", arguments))
             folders.add(identity.config.cell.folder)
             if identity.name in cells:
                 dropped.append((parameters, identity.name))
             else:
-                cells[identity.name] = PlannedCell(identity, command, str(file.path))
+                cells[identity.name] = PlannedCell(identity, command, arguments, str(file.path))
     if len(folders) > 1:
         raise LmcError(f"cells of one sweep need one cell.folder, and these have {' and '.join(sorted(folders))}")
     return SweepPlan(files, list(cells.values()), dropped)

@@ -5,26 +5,23 @@ What is finished is not done again, what was cut off is; a cell that fails is wr
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lmc_dist.config import Config, ReportConfig
+from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import count, size
 from lmc_dist.sweeps.cell import cell_line, empty_row, row_path, stored_row
+from lmc_dist.sweeps.children import Child, Fork, preload, start, wait
 from lmc_dist.sweeps.plan import PlannedCell, SweepPlan, environment_of, plan_sweep
 from lmc_dist.sweeps.summary import failures_text, sweep_table, write_summary
 from lmc_dist.trajectory.files import write_json
-
-GRACE_SECONDS = 20.0  # between asking a cell to stop and killing it
 
 
 def sweep(config: Config) -> tuple[str, int]:
@@ -41,43 +38,39 @@ def sweep(config: Config) -> tuple[str, int]:
     for parameters, name in plan.dropped:
         given = " ".join(f"{key}={value}" for key, value in parameters.items())
         told.append(f"dropped: {given}, the same work as {name}")
+    if settings.fork and settings.ranks not in (None, 1):
+        raise LmcError(f"sweep.fork runs cells of one process, and --ranks is {settings.ranks}: leave one of them out")
     if settings.dry_run:
         return "\n".join([*told, *(shlex.join(cell.command) for cell in plan.cells)]), 0
     from lmc_dist.report.pictures import require_matplotlib
 
     require_matplotlib()
+    if settings.fork:
+        preload()
     _say("\n".join(told))
     signal.signal(signal.SIGTERM, _interrupt)
     for i, cell in enumerate(plan.cells, 1):
         row = stored_row(cell.identity)
         if row is not None and (row["failure"] is None or not settings.retry):
             continue
-        found = run_cell(cell, environment)
+        found = run_cell(cell, environment, settings.fork)
         _say(f"[{i}/{len(plan.cells)}] {cell_line(found)}")
     return finish(plan, config)
 
 
-def run_cell(cell: PlannedCell, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Runs a cell's command line; returns its row, which says so where it failed. Local."""
+def run_cell(cell: PlannedCell, environment: Mapping[str, str], fork: bool = False) -> dict[str, Any]:
+    """Runs a cell, by its command line or as a fork; returns its row, which says so where it failed. Local."""
     path = row_path(cell.identity)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     log = path.with_name("output.txt")
-    # The environment's own programs first, as in a shell where it is activated.
-    search = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     started = time.perf_counter()
     with open(log, "w") as output:
         try:
-            status = _wait(
-                subprocess.Popen(
-                    cell.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**environment, "PATH": search},
-                    start_new_session=True,
-                )
+            child: Child = (
+                Fork(cell.arguments, environment, output) if fork else start(cell.command, environment, output)
             )
+            status = wait(child)
         except OSError as error:
             status = 127
             output.write(f"error: {cell.command[0]} cannot be started: {error.strerror}\n")
@@ -91,25 +84,12 @@ def run_cell(cell: PlannedCell, environment: Mapping[str, str]) -> dict[str, Any
     return row
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit status; where this process is told to stop, the cell is stopped with all it started."""
-    try:
-        return process.wait()
-    except BaseException:
-        for signum, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signum)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(patience)
-                break
-        raise
-
-
 def reason_of(log: Path, status: int) -> str:
     """Why a command failed, by its output: the first line that names an error, which launchers follow up with their own."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = next((line for line in lines if re.match(r"(error|[\w.]*(Error|Exception|Interrupt))\b:?", line)), None)
-    return f"exit status {status}" + (f": {said[:500]}" if said else "")
+    ended = f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
+    return ended + (f": {said[:500]}" if said else "")
 
 
 def finish(plan: SweepPlan, config: Config) -> tuple[str, int]:

@@ -39,6 +39,10 @@ def check_retrain(run: AskedRun) -> None:
     log, world_size = run.log, run.runtime.world_size
     if "config" not in log.manifest.run:
         raise LmcError("reference 'retrain' repeats a run of launch/train.py, and this log is not of one: use 'replay'")
+    if run.config.data.source == "log":
+        raise LmcError(
+            "reference 'retrain' reads the data anew, and data.source 'log' has none: give the data, or use 'replay'"
+        )
     draws = any(m.random_state is not None for record in log.records() for m in record.micro_batches)
     sizes = [segment.world_size for segment in log.manifest.all_segments]
     if draws and sizes != [world_size] * len(sizes):

@@ -233,9 +233,7 @@ class UnlearningRun(AskedRun):
         return StepProgress(name, *span, self.progress, self.tracker.listeners)
 
 
-def unlearn(
-    config: Config, runtime: Runtime, tracker: Tracker | None = None, ends: bool = True
-) -> dict[str, Any]:
+def unlearn(config: Config, runtime: Runtime, tracker: Tracker | None = None, ends: bool = True) -> dict[str, Any]:
     """Runs a request to the end and leaves `output_dir`; returns what result.json holds. Collective.
 
     Args:

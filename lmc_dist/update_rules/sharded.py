@@ -19,7 +19,7 @@ from lmc_dist.update_rules.clipping import coefficient_at, coefficient_tangent
 from lmc_dist.update_rules.rules import SECOND_MOMENTS, SGD, Rule
 from lmc_dist.update_rules.settings import group_rules
 
-_CHUNK = 1 << 18  # elements
+CHUNK = 1 << 18  # elements
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class UpdateRule:
 
     def _chunks(self) -> Iterator[tuple[slice, Rule, int]]:
         for start, stop, group in self.runs:
-            for i in range(start, stop, _CHUNK):
-                yield slice(i, min(i + _CHUNK, stop)), self.rules[group], group
+            for i in range(start, stop, CHUNK):
+                yield slice(i, min(i + CHUNK, stop)), self.rules[group], group
 
     def no_deviation(self, like: ShardedVector) -> Deviation:
         """(0, 0)."""

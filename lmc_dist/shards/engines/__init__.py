@@ -8,7 +8,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.engines.fsdp2 import FSDP2Shards
 from lmc_dist.shards.engines.protocol import EngineShards
 from lmc_dist.shards.engines.replicated import DDPShards, SingleShards
 from lmc_dist.shards.engines.wrappers import (
@@ -28,7 +27,6 @@ from lmc_dist.shards.engines.zero12 import ZeRO12Shards
 __all__ = [
     "DDPShards",
     "EngineShards",
-    "FSDP2Shards",
     "SingleShards",
     "UnfusedShards",
     "ZeRO0Shards",
@@ -58,10 +56,13 @@ def engine_shards(model: Any, optimizer: Any = None, scaler: Any = None) -> Engi
     Raises:
         LmcError: Not an engine whose shards can be read.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     if isinstance(model, EngineShards):
         return model
+    # Here, since it brings torch's compiler with it: a plan without an engine does without.
+    from torch.distributed.fsdp import FSDPModule
+
+    from lmc_dist.shards.engines.fsdp2 import FSDP2Shards
+
     scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
     engine = model if is_deepspeed_engine(model) else None
     optimizer = unwrapped(engine.optimizer if engine is not None else optimizer)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.engines import DDPShards, FSDP2Shards, SingleShards, UnfusedShards, engine_shards
+from lmc_dist.shards.engines import DDPShards, SingleShards, UnfusedShards, engine_shards
 
 ENGINES = ("deepspeed", "fsdp2", "ddp", "single")
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -38,6 +38,8 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
         return engine
     if name == "fsdp2":
         module = shard_fully(model, settings)
+        from lmc_dist.shards.engines.fsdp2 import FSDP2Shards
+
         return FSDP2Shards(module, make_optimizer(module))
     if name == "ddp":
         from torch.nn.parallel import DistributedDataParallel
