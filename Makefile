@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # measure.py is what the benchmarks share, accuracy_*.py are parts of accuracy.py
-BENCHES = $(filter-out bench/measure.py bench/accuracy_%.py,$(sort $(wildcard bench/*.py)))
+BENCHES = $(filter-out bench/measure.py bench/summary.py bench/accuracy_%.py,$(sort $(wildcard bench/*.py)))
 PEERS := $(VENV)/.peers
 
 # deepspeed's launcher and ninja (which builds DeepSpeed's operators) are found on PATH
@@ -54,15 +54,16 @@ typecheck: $(READY) ## check types (part of lint)
 	$(BIN)/mypy lmc_dist
 
 docs: $(READY) ## build the documentation, warnings are errors; writes runs/docs
-	$(BIN)/mkdocs build --quiet --strict --site-dir runs/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir runs/docs
 
-bench: $(READY) $(PEERS) ## run every benchmark; writes runs/bench/NAME.json
+bench: $(READY) $(PEERS) ## run every benchmark; writes runs/bench/NAME.json and summary.json
 	@mkdir -p runs/bench
 	@set -e; for script in $(BENCHES); do \
 		name=$$(basename $$script .py); \
 		echo "== $$script"; \
 		$(BIN)/python $$script --json runs/bench/$$name.json; \
 	done
+	$(BIN)/python bench/summary.py runs/bench
 
 clean: ## remove runs/, build outputs and caches (not .venv)
 	rm -rf runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -250,7 +250,7 @@ def main() -> None:
     print()
     for name, value in totals.items():
         print(f"{name}: {value:.3f}")
-    write_results(options.json, "hvp", rows, summary=totals)
+    write_results(options.json, "hvp", rows, totals)
 
 
 if __name__ == "__main__":

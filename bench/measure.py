@@ -112,11 +112,15 @@ def add_tofu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(folder / "models" / "stories260K"), help="checkpoint folder")
 
 
-def write_results(path: str | None, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """{name, machine, rows, …} as JSON, where a path is given."""
+def write_results(
+    path: str | None, name: str, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, float], **more: Any
+) -> None:
+    """{name, machine, summary, rows, …} as JSON, where a path is given; `summary` is what bench/summary.py shows."""
     if path is None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    text = json.dumps({"name": name, "machine": machine, "rows": list(rows), **more}, indent=2)
+    text = json.dumps(
+        {"name": name, "machine": machine, "summary": dict(summary), "rows": list(rows), **more}, indent=2
+    )
     Path(path).write_text(text + "\n")

@@ -112,7 +112,7 @@ def main() -> None:
                 line += f"{max(growth):>14.2f} of {expected}"
             print(line)
     print(f"growth_over_boundaries: {worst:.3f}")
-    write_results(options.json, "memory", rows, growth_over_boundaries=worst)
+    write_results(options.json, "memory", rows, {"growth_over_boundaries": worst})
     if options.plot:
         plot(rows, options.plot)
 

@@ -179,9 +179,11 @@ def main() -> None:
         print(f"{row['request']:<20}recommended {row['recommended']}, fastest {row['fastest']}: {right}")
     hits = sum(row["recommended"] == row["fastest"] for row in advised)
     print(f"recommended_is_fastest: {hits} of {len(advised)}")
-    print(f"worst_peak_ratio: {max(max(r['peak_ratio'], 1 / r['peak_ratio']) for r in rows):.2f}")
-    print(f"worst_seconds_ratio: {worst:.2f}")
-    write_results(options.json, "plan", rows, worst_seconds_ratio=worst, recommendations=advised)
+    worst_peak = max(max(r["peak_ratio"], 1 / r["peak_ratio"]) for r in rows)
+    summary = {"worst_seconds_ratio": worst, "worst_peak_ratio": worst_peak, "recommended_is_fastest": hits}
+    for name, value in summary.items():
+        print(f"{name}: {value:.3g}")
+    write_results(options.json, "plan", rows, summary, recommendations=advised)
 
 
 if __name__ == "__main__":

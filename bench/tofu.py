@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-from measure import REPO, add_tofu_arguments
+from measure import REPO, add_tofu_arguments, write_results
 from tqdm import tqdm
 
 from lmc_dist.ports import free_port
@@ -60,13 +58,9 @@ def main() -> None:
             f"{row['request']:<24}{row['label']:<30}{row['rel_error']:>8.3f}{row['loss_forget']:>10.4f}"
             f"{row['loss_retain']:>10.4f}{row['gradients']:>8.1f}{row['seconds']:>8.1f}"
         )
-    worst = max(row["rel_error"] for row in rows if row["method"] == "ggn")
-    print(f"worst_ggn_rel_error: {worst:.4f}")
-    if options.json:
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        path.write_text(json.dumps({"name": "tofu", "machine": machine, "rows": rows}, indent=2) + "\n")
+    summary = {"worst_ggn_rel_error": max(row["rel_error"] for row in rows if row["method"] == "ggn")}
+    print(f"worst_ggn_rel_error: {summary['worst_ggn_rel_error']:.4f}")
+    write_results(options.json, "tofu", rows, summary)
 
 
 if __name__ == "__main__":

@@ -217,9 +217,11 @@ def main() -> None:
             f"extrapolated from these sizes, `full` is {sizes[INTERVAL]:.0f} times as large as `replay` after {INTERVAL} "
             f"steps and {sizes[RUN]:.0f} times after {RUN}"
         )
-    write_results(options.json, "training_log", rows, **more)
     last = "update" if "update" in by_case else rows[-1]["case"]
-    print(f"{last.replace(' ', '_')}_over_no_log: {by_case[last]['ratio']:.3f}")
+    summary = {f"{last.replace(' ', '_')}_over_no_log": by_case[last]["ratio"]}
+    for name, value in summary.items():
+        print(f"{name}: {value:.3f}")
+    write_results(options.json, "training_log", rows, summary, **more)
 
 
 if __name__ == "__main__":

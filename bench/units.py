@@ -80,7 +80,7 @@ def same_config(folder: Path, data: Path, model: Path, scale: Scale) -> Config:
     if not ((data / "full.jsonl").exists() and model.exists()):
         return config
     rows = DataConfig("tofu", str(data), f"0:{scale.steps * BATCH // 2}", max_length=128, prompt="{question}\n")
-    train = replace(config.train, learning_rate=0.02, batch_size=BATCH // 2, micro_batch_size=BATCH // 4)
+    train = replace(config.train, learning_rate=0.01, batch_size=BATCH // 2, micro_batch_size=BATCH // 4)
     return replace(config, data=rows, model=ModelConfig(str(model)), train=train)
 
 
@@ -325,7 +325,7 @@ def main() -> None:
     print()
     for name, value in totals.items():
         print(f"{name}: {value:.3g}")
-    write_results(options.json, "units", rows, summary={name.split()[0]: value for name, value in totals.items()})
+    write_results(options.json, "units", rows, {name.split()[0]: value for name, value in totals.items()})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Supervised fine-tuning in plain PyTorch. What keeps the log is marked with (log).
 
-    python examples/loop.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/loop_log
+python examples/loop.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/loop_log
 """
 
 from __future__ import annotations

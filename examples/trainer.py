@@ -1,7 +1,7 @@
 """Supervised fine-tuning with the Hugging Face Trainer. What keeps the log is marked with (log).
 
-    python examples/trainer.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/log
-    accelerate launch --config_file configs/accelerate_zero3.yaml examples/trainer.py ...      DeepSpeed ZeRO-3
+python examples/trainer.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/log
+accelerate launch --config_file configs/accelerate_zero3.yaml examples/trainer.py ...      DeepSpeed ZeRO-3
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lmc_dist.config import Config
 
 # What a command prints on rank 0, and its exit status where that is not 0.
 Outcome = str | tuple[str, int]
-Joins = Literal["engine", "files", "nobody"]
+Joins = Literal["engine", "files", "nobody", "alone"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Command:
         settings: Fields of `Config` that it uses; a configuration file may hold the others, since one file serves all.
         work: Does it, given settings and runtime; imports what it needs.
         joins: Whom it runs with: the ranks of an `engine`, ranks that work on `files`, or `nobody`; or which of these, by
-            the settings.
+            the settings. `alone` is nobody, and without torch.
         positional: Arguments without a name → the settings they are, with dots.
         short: Options → the settings that they are short for.
         several: Arguments of `positional` that may be several; the setting has commas between.
@@ -118,6 +118,12 @@ def report_work(config: Config, runtime: Any) -> Outcome:
     from lmc_dist.report.render import report
 
     return report(config)
+
+
+def environment_work(config: Config, runtime: Any) -> Outcome:
+    from lmc_dist.environment import examine
+
+    return examine(config)
 
 
 def spectrum_work(config: Config, runtime: Any) -> Outcome:
@@ -341,6 +347,23 @@ A run's evaluation.json (lmc evaluate --json RUN/evaluation.json) is shown too. 
         {"RUN": "report.runs"},
         {"--output": "report.output", "--layers": "report.layers"},
         ("RUN",),
+    ),
+    "doctor": Command(
+        "Look at the environment: versions, GPUs, operators, compiler, launchers, a folder; with advice (a log: log doctor).",
+        """
+examples:
+  lmc doctor
+  lmc doctor runs/log --json environment.json
+
+FOLDER is where a log is to go: it is checked for writing and for room. Of a log that is there, with its model and data, the
+command is `lmc log doctor`.
+
+Exit status: 0, or 1 where something that is needed is missing, 2 for bad input.
+""",
+        ("environment", "json"),
+        environment_work,
+        "alone",
+        {"FOLDER": "environment.folder"},
     ),
     "slurm render": Command(
         "A batch script for SLURM that starts a job on any number of nodes, stops it in time, and lets it go on.",
@@ -573,6 +596,9 @@ def spelled_out(name: str, argv: Sequence[str]) -> list[str]:
 def run_command(name: str, argv: Sequence[str]) -> None:
     """Runs a command with the job's other ranks, prints its text on rank 0, and ends the process."""
     config, command = parse(name, argv), COMMANDS[name]
+    if command.joins == "alone":
+        run_alone(config, command)
+        return
     from lmc_dist.runtime import run
 
     def body() -> int:
@@ -587,6 +613,20 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         return status
 
     run(body)
+
+
+def run_alone(config: Config, command: Command) -> None:
+    """Runs a command that works where torch does not."""
+    from lmc_dist.errors import LmcError
+
+    try:
+        outcome = command.work(config, None)
+    except LmcError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    text, status = outcome if isinstance(outcome, tuple) else (outcome, 0)
+    sys.stdout.write(text + "\n")
+    sys.exit(status)
 
 
 def join(joins: Joins) -> Any:

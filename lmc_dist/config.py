@@ -237,6 +237,17 @@ class CurvatureConfig:
 
 
 @dataclass(frozen=True)
+class EnvironmentConfig:
+    """What `lmc doctor` looks at besides the environment.
+
+    Attributes:
+        folder: Where a log is to go; null looks at none.
+    """
+
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """How thorough `lmc log doctor` is.
 
@@ -561,6 +572,7 @@ class Config:
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     reshard: ReshardConfig = field(default_factory=ReshardConfig)

@@ -33,9 +33,13 @@ def run(command: list[str], timeout: float = 600, **environment: str) -> subproc
     return done
 
 
-def test_three_launchers_reach_the_same_weights(ranks: Any, tmp_path: Path) -> None:
+def test_all_launchers_reach_the_same_weights(ranks: Any, tmp_path: Path) -> None:
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("localhost slots=2\n")
+    zero3 = ["--use_deepspeed", "--zero_stage", "3", "--num_processes", "2", "--num_machines", "1"]
     starts = {
-        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py"],
+        "deepspeed": ["deepspeed", "--hostfile", str(hosts), "--master_port", str(free_port()), "launch/train.py"],
+        "accelerate": ["accelerate", "launch", *zero3, "--main_process_port", str(free_port()), "launch/train.py"],
         "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "launch/train.py"],
         "one process": [sys.executable, "launch/train.py"],
         "lmc": ["lmc", "train"],
@@ -53,7 +57,7 @@ def test_three_launchers_reach_the_same_weights(ranks: Any, tmp_path: Path) -> N
         assert (tmp_path / name / "model" / "model.safetensors").exists()
     assert TrajectoryLog(tmp_path / "one process").manifest.world_size == 1
     checksums = {name: TrajectoryLog(tmp_path / name).record(11).checksum for name in starts}
-    assert checksums["deepspeed"] == checksums["torchrun"]
+    assert checksums["deepspeed"] == checksums["torchrun"] == checksums["accelerate"]
     assert checksums["one process"] == checksums["lmc"]
     distance = ranks(2).run(distance_job, str(tmp_path / "deepspeed"), str(tmp_path / "one process"))[0]
     assert distance <= 1e-6  # powers of two scale exactly: here even the bits agree

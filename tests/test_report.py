@@ -387,7 +387,7 @@ def test_a_sweep_is_told(make: Callable[..., str], make_sweep: Callable[..., str
     told = (
         "Sweep: forgot forget01", "Sweep: forgot forget10", "Forgot 5 samples of 2 people",  # and a run beside it
         "LMCleaner, GGN, K=all, head 10, rel_error 0.210 ± 0.010 at 60.0 gradients",  # the closest
-        "1 of 4 did harm", "0.310 ± 0.010", "mean ± s.d. over seeds: 0 is the aim", "0.06 ± 0.01",
+        "1 of 4 did harm", "0.310 ± 0.010", "mean ± s.d. over seeds: 0 is the aim", "0.060 ± 0.010",
         "30 of 60", "sgd", "Cells that failed", "the correction diverged", "Cells left out", "2.13.0",
     )  # fmt: skip
     plain = text.replace("\\", "")

@@ -305,9 +305,12 @@ def batch_job(folder: Path) -> None:
         with pytest.raises(LmcError, match=message):
             make("refused", data, **changes)
     assert not (folder / "refused" / "result.json").exists()
+    alone = arguments(folder / "refused", "single")
     os.environ["WORLD_SIZE"] = "2"  # a launcher that this Trainer has not seen
     with pytest.raises(LmcError, match="the Trainer counts 1 processes, the launcher started 2"):
-        make("refused", dataset)
+        lmc_dist.LMCleanerBatchLevel(
+            model_at(config), alone, train_dataset=dataset, training_log_dir=str(folder / "log"), forget_batch_ids=[1]
+        )
 
 
 # Processes that transformers and accelerate leave their state in are not shared with other tests.

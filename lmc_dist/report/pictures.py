@@ -107,7 +107,7 @@ def error_against_cost(group: Group, key: str) -> Picture | None:
     if at_border:
         caption += f" Points on the border have {' or '.join(at_border)} 0, or less than can be shown."
     told = "; ".join(
-        f"{_short(m.label)}: rel_error {told_mean(m, 'rel_error')} at {told_mean(m, 'gradients')}" for m in points
+        f"{short(m.label)}: rel_error {told_mean(m, 'rel_error')} at {told_mean(m, 'gradients')}" for m in points
     )
     return picture(draw, key, caption, f"Error against cost in gradients, logarithmic. {told}.")
 
@@ -129,7 +129,7 @@ def trade_off(group: Group, key: str) -> Picture | None:
             spreads = method.numbers["loss_retain"].sd, method.numbers["loss_forget"].sd
             if method.method in ("do_nothing", "retrain"):
                 shape = "+" if method.method == "retrain" else "x"
-                axes.plot(x, y, shape, color=INK, markersize=9, markeredgewidth=1.8, label=_short(method.label))
+                axes.plot(x, y, shape, color=INK, markersize=9, markeredgewidth=1.8, label=short(method.label))
                 axes.errorbar(x, y, *spreads, color=INK, linewidth=1)
             else:
                 _mark(axes, series, x, y, method, *spreads)
@@ -140,7 +140,7 @@ def trade_off(group: Group, key: str) -> Picture | None:
     aim = "The aim is the retrained model" if retrain is not None else "The aim is a retrained model"
     caption = f"Forgotten against retained. {aim}, not the highest loss on the forgotten."
     told = "; ".join(
-        f"{_short(m.label)}: {told_mean(m, 'loss_forget')} forgotten, {told_mean(m, 'loss_retain')} retained"
+        f"{short(m.label)}: {told_mean(m, 'loss_forget')} forgotten, {told_mean(m, 'loss_retain')} retained"
         for m in points
     )
     return picture(draw, key, caption, f"Mean losses on forgotten and retained samples. {told}.")
@@ -162,7 +162,7 @@ def growth(records: Sequence[tuple[str, float | None, float | None]], key: str) 
                     start, y, "o", color=INK, markersize=5, markerfacecolor="none", label="_" if y else "at the start"
                 )
             axes.plot(end, y, "o", color=SERIES[0], markersize=6, label="_" if y else "at the end")
-        axes.set_yticks(range(len(shown)), [_short(name, 24) for name, *_ in shown])
+        axes.set_yticks(range(len(shown)), [short(name, 24) for name, *_ in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlabel("‖v‖")
 
@@ -198,7 +198,7 @@ def layers(rows: Sequence[tuple[str, float | None, float | None]], key: str) -> 
     worst = max(distances, key=lambda pair: pair[1], default=None)
     alt = f"‖v‖ and relative distance of {len(rows)} parameters."
     if worst is not None:
-        alt += f" The largest distance is {worst[1]:.3g}, of {_short(rows[worst[0]][0], 60)}."
+        alt += f" The largest distance is {worst[1]:.3g}, of {short(rows[worst[0]][0], 60)}."
     return picture(draw, key, caption, alt)
 
 
@@ -248,10 +248,10 @@ def _mark(
     # Past the last colour, shapes go round in another rhythm, so that no pair comes twice for long.
     marker = MARKERS[(series + series // len(SERIES)) % len(MARKERS)]
     axes.errorbar(x, y, y_sd, x_sd, color=color, linewidth=1, capsize=2)
-    axes.plot(x, y, marker, color=color, markersize=7, label=_short(method.label), linestyle="none", clip_on=False)
+    axes.plot(x, y, marker, color=color, markersize=7, label=short(method.label), linestyle="none", clip_on=False)
 
 
-def _short(text: str, most: int = 44) -> str:
+def short(text: str, most: int = 44) -> str:
     """Text for one line of a picture: of printable characters, and not longer."""
     line = "".join(c if c.isprintable() else " " for c in text).strip()
     # matplotlib leaves labels with a leading underscore out of legends

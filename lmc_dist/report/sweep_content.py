@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmc_dist.report import sweep_pictures
 from lmc_dist.report.collect import Stat, at
 from lmc_dist.report.content import Section
-from lmc_dist.report.sweeps import EXACT, Cells, SweepRun, seeds_of
-from lmc_dist.report.tables import NONE, Table, cost_form, distinct, stat_text, value_text
+from lmc_dist.report.sweeps import EXACT, Cells, SweepRun
+from lmc_dist.report.tables import NONE, Table, cost_form, distinct, value_text
 
 FORGOTTEN = {
     "forget.probability": "Probability",
@@ -80,7 +81,7 @@ def summary(cells: Sequence[Cells]) -> str:
 def _placed(c: Cells) -> str:
     cost = c.figure("gradients").mean
     told = NONE if cost is None else format(cost, cost_form(cost))
-    return f"{c.label}, rel_error {stat_text(c.figure('rel_error'), 'rel_error', len(c.rows))} at {told} gradients"
+    return f"{c.label}, rel_error {spread_text(c.figure('rel_error'))} at {told} gradients"
 
 
 def _asked(sweep: SweepRun, split: str) -> list[tuple[str, str]]:
@@ -122,25 +123,29 @@ def _done(sweep: SweepRun, split: str) -> list[tuple[str, str]]:
 
 def methods_table(cells: Sequence[Cells]) -> Table:
     """Errors, losses and costs."""
-    keys = ("rel_error", "loss_forget", "loss_retain", "gradients", "seconds")
     rows = []
     for c in cells:
-        own = [stat_text(c.figure(key), key, len(c.rows)) for key in keys]
-        rows.append([c.label, *own, _digits(c.figure("v_norm")), _growth(c.figure("growth_max"))])
+        seeds = f"{len(c.good)} of {len(c.rows)}" if len(c.good) < len(c.rows) else str(len(c.rows))
+        own = [spread_text(c.figure(key)) for key in ("rel_error", "loss_forget", "loss_retain", "v_norm")]
+        costs = [
+            NONE if (x := c.figure(key).mean) is None else format(x, cost_form(x)) for key in ("gradients", "seconds")
+        ]
+        rows.append([c.label, seeds, *own, *costs, _growth(c.figure("growth_max"))])
     header = [
         "Method",
+        "Seeds",
         "rel_error",
         "Loss, forgotten",
         "Loss, retained",
+        "‖v‖",
         "Gradients",
         "Seconds",
-        "‖v‖",
-        "Largest growth",
+        "Growth",
     ]
-    seeds = max((seeds_of(c.rows) for c in cells), default=1)
     note = (
         "rel_error: distance of the weights to the retrained ones as a share of doing nothing: 0 is retraining, 1 doing "
-        f"nothing, above 1 harm. Mean ± standard deviation over {seeds} seeds."
+        "nothing, above 1 harm. Gradients: of a training batch. Growth: the largest of ‖v‖ in a step. Mean ± standard deviation "
+        "over seeds."
     )
     judged = [c for c in cells if c.method not in EXACT and c.figure("rel_error").mean is not None]
     best = min(judged, key=lambda c: c.figure("rel_error").mean or 0.0, default=None)
@@ -182,7 +187,7 @@ def _metrics_table(
     shown = [(name, of) for name, of in columns if any(of(c).mean is not None for c in cells)]
     if not shown:
         return None
-    rows = [[c.label, *(_digits(of(c)) for _, of in shown)] for c in cells]
+    rows = [[c.label, *(spread_text(of(c)) for _, of in shown)] for c in cells]
     return Table(title, ["Method", *(name for name, _ in shown)], rows, note)
 
 
@@ -210,10 +215,14 @@ def dropped_table(sweep: SweepRun) -> Table | None:
     return Table("Cells left out", ["The same work as", "Cells"], rows, "Settings that have no effect on the method.")
 
 
-def _digits(found: Stat) -> str:
+def spread_text(found: Stat) -> str:
+    """Mean ± s.d. to two digits of the s.d., four of the mean where there is none, six decimals at most."""
     if found.mean is None:
         return NONE
-    return f"{found.mean:.3g}" + ("" if found.sd is None else f" ± {found.sd:.2g}")
+    if not found.sd:
+        return f"{found.mean:.4g}" + ("" if found.sd is None else " ± 0")
+    decimals = min(max(1 - math.floor(math.log10(found.sd)), 0), 6)
+    return f"{found.mean:,.{decimals}f} ± {found.sd:,.{decimals}f}"
 
 
 def _growth(found: Stat) -> str:

@@ -14,6 +14,7 @@ from lmc_dist.report.pictures import (
     logarithmic,
     picture,
     plain_ticks,
+    short,
 )
 from lmc_dist.report.sweeps import Cells
 
@@ -52,8 +53,10 @@ def error_against_cost(cells: Sequence[Cells], key: str) -> Picture | None:
     )
     if x_floor is not None or y_floor is not None:
         caption += " Points on the border have 0, or less than can be shown."
-    told = "; ".join(f"{c.label}: {_mean(c, 'rel_error'):.3g} at {_mean(c, 'gradients'):.3g}" for c in points)
-    return picture(draw, key, caption, f"Error against cost in gradients, logarithmic. {told}.", 3.9)
+    told = "; ".join(
+        f"{short(c.label, 80)}: {_mean(c, 'rel_error'):.3g} at {_mean(c, 'gradients'):.3g}" for c in points
+    )
+    return picture(draw, key, caption, f"Error against cost in gradients, logarithmic. {told}.", 4.1)
 
 
 def trade_off(cells: Sequence[Cells], key: str) -> Picture | None:
@@ -68,7 +71,9 @@ def trade_off(cells: Sequence[Cells], key: str) -> Picture | None:
         for method, shape in (("do_nothing", "x"), ("retrain", "+")):
             if method in ends:
                 x, y = _mean(ends[method], "loss_forget"), _mean(ends[method], "loss_retain")
-                axes.plot(x, y, shape, color=INK, markersize=9, markeredgewidth=1.8, label=ends[method].label, zorder=5)
+                axes.plot(
+                    x, y, shape, color=INK, markersize=9, markeredgewidth=1.8, label=ends[method].family, zorder=5
+                )
                 if method == "retrain":
                     axes.axvline(x, color=FAINT, linewidth=1, linestyle=":")
                     axes.axhline(y, color=FAINT, linewidth=1, linestyle=":")
@@ -79,8 +84,10 @@ def trade_off(cells: Sequence[Cells], key: str) -> Picture | None:
         axes.set_ylabel("loss on retained samples")
 
     caption = "Forgotten against retained. The aim is the retrained model, not the highest loss on the forgotten."
-    told = "; ".join(f"{c.label}: {_mean(c, 'loss_forget'):.4g}, {_mean(c, 'loss_retain'):.4g}" for c in points)
-    return picture(draw, key, caption, f"Mean losses on forgotten and on retained samples. {told}.", 3.9)
+    told = "; ".join(
+        f"{short(c.label, 80)}: {_mean(c, 'loss_forget'):.4g}, {_mean(c, 'loss_retain'):.4g}" for c in points
+    )
+    return picture(draw, key, caption, f"Mean losses on forgotten and on retained samples. {told}.", 4.1)
 
 
 def _scatter(axes: Axes, cells: Sequence[Cells], xs: Sequence[float], ys: Sequence[float], spread: str | None) -> None:
@@ -93,7 +100,7 @@ def _scatter(axes: Axes, cells: Sequence[Cells], xs: Sequence[float], ys: Sequen
         if spread is not None and (sd := cell.figure(spread).sd):
             axes.errorbar(x, y, sd, color=color, linewidth=0.8, capsize=2, alpha=0.6)
         hollow: Any = {"markerfacecolor": "none"} if cell.has_head else {}
-        label = "_" if cell.family in named else cell.family
+        label = "_" if cell.family in named else short(cell.family)
         if not cell.has_head or all(c.has_head for c in cells if c.family == cell.family):
             named.add(cell.family)
         else:

@@ -5,7 +5,7 @@ The file may come from anywhere: what is not a number of a usual size becomes No
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,16 @@ SWEEP = "sweep.json"
 FIGURES = ("rel_error", "loss_forget", "loss_retain", "gradients", "seconds", "v_norm", "growth_max")
 ORDER = ("do_nothing", "retain", "ga", "graddiff", "npo", "tim", "lmcleaner", "replay", "retrain")
 EXACT = ("do_nothing", "replay", "retrain")  # what is known beforehand
+FAMILIES = {
+    "do_nothing": "do nothing",
+    "retain": "retain fine-tuning",
+    "ga": "gradient ascent",
+    "graddiff": "GradDiff",
+    "npo": "NPO",
+    "tim": "TIM (first order)",
+    "replay": "exact replay",
+    "retrain": "retrain",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Cells:
     def family(self) -> str:
         """What pictures have one sign for."""
         mode = self.rows[0].get("hessian_mode")
-        return f"LMCleaner, {mode}" if self.method == "lmcleaner" else self.label.split(",")[0]
+        return f"LMCleaner, {mode}" if self.method == "lmcleaner" else FAMILIES[self.method]
 
     @property
     def has_head(self) -> bool:
@@ -124,7 +134,3 @@ def _is_row(row: Any) -> bool:
 
 def _objects(value: Any) -> list[dict[str, Any]]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
-
-
-def seeds_of(rows: Sequence[dict[str, Any]]) -> int:
-    return len({(row.get("seed"), row.get("data_seed")) for row in rows})

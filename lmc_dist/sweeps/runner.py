@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def sweep(config: Config) -> tuple[str, int]:
     from lmc_dist.report.pictures import require_matplotlib
 
     require_matplotlib()
+    if find_spec("scipy") is None:
+        raise LmcError("the intervals of a sweep need scipy: pip install 'lmc_dist[sweep]'")
     if settings.fork:
         preload()
     _say("\n".join(told))

@@ -106,7 +106,13 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [mean_of(row["rel_error"] for row in good), *distances, ks, retained]
         costs = [mean_of(row[key] for row in good) for key in ("gradients", "seconds")]
         lines.append(
-            [f"{split}: {label}", lost, *(told(x) for x in cells), *(told(x, ".1f", with_half=False) for x in costs)]
+            [
+                f"{split}: {label}",
+                lost,
+                told(cells[0]),
+                *(told(x, ".4f") for x in cells[1:]),
+                *(told(x, ".1f", with_half=False) for x in costs),
+            ]
         )
     note = "mean ± half of a 95 % t interval over seeds; Δ: |difference to the retrained model|, whose row is the aim"
     return "\n".join([*table(lines), note])

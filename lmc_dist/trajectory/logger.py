@@ -284,7 +284,7 @@ class TrainingLogger:
         last.drew_random = not torch.equal(last.random_state, get_rng_state(self._device(kwargs)))
         loss = getattr(output, "loss", None)
         if loss is not None:
-            last.loss = loss.detach()
+            last.loss = loss.detach().clone()  # the Trainer multiplies it in place by the number of ranks
             if loss.requires_grad:  # what the loss is multiplied by on the way to the gradient
                 loss.register_hook(lambda seed: setattr(last, "seed", seed.detach()))
 

@@ -100,6 +100,10 @@ def replay(
     return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
 
 
+# DeepSpeed's own Adams, and what each calls the choice of weight decay.
+DEEPSPEED_ADAM = {"DeepSpeedCPUAdam": "adamw_mode", "FusedAdam": "adam_w_mode"}
+
+
 def can_be_exact(shards: EngineShards, segment: Segment) -> bool:
     """Whether the engine rounds as the one did that ran a segment. Local.
 
@@ -123,23 +127,27 @@ def logged_optimizer(model: torch.nn.Module, manifest: TrajectoryManifest) -> to
     """The optimizer of the logged run: its class, its groups, its hyper-parameters.
 
     Raises:
-        LmcError: Not an optimizer of torch.
+        LmcError: Neither an optimizer of torch nor one of DeepSpeed's Adams.
     """
-    name = manifest.optimizer["class"]
-    kind = getattr(torch.optim, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+    name, whole = manifest.optimizer["class"], {}
+    kind: Any = getattr(torch.optim, name, None)
+    if name in DEEPSPEED_ADAM:
+        import deepspeed.ops.adam
+
+        kind = getattr(deepspeed.ops.adam, name)
+        whole = {DEEPSPEED_ADAM[name]: manifest.optimizer.get("adam_w_mode", True)}
+    elif not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise LmcError(
             f"the log was trained with {name}, which is not torch's: build the engine and pass it to replay()"
         )
-    make: Any = kind
-    accepted = set(inspect.signature(make).parameters)
+    accepted = set(inspect.signature(kind).parameters)
     named = dict(model.named_parameters())
     groups = []
     for i, settings in enumerate(manifest.optimizer["groups"]):
         members = [named[row["name"]] for row in manifest.parameters if row["group"] == i]
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in accepted}
         groups.append({"params": members, **values})
-    return make(groups)
+    return kind(groups, **whole)
 
 
 def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str, Any] | None = None) -> Any:

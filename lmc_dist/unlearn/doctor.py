@@ -18,6 +18,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.kept import DESCRIPTION, curvature_folder, kept_names
 from lmc_dist.trajectory.passes import batch_digest
 from lmc_dist.trajectory.record import TIERS
+from lmc_dist.trajectory.replay import DEEPSPEED_ADAM
 from lmc_dist.trajectory.sealed import read_sealed
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import check_update_rule
@@ -134,7 +135,7 @@ def check_replay(log: TrajectoryLog, world_size: int) -> Check:
     if not log.snapshots:
         return Check("replay", "failed", "the log holds no snapshot to start from", "train again with save_interval")
     name = log.manifest.optimizer["class"]
-    if not hasattr(torch.optim, name):
+    if not hasattr(torch.optim, name) and name not in DEEPSPEED_ADAM:
         found = f"the run was trained with {name}, which is not torch's"
         return Check("replay", "warning", found, "build the engine in a script of your own and pass it to replay()")
     found = f"possible for steps {log.first_step} to {log.num_steps - 1}, to the bit on {log.manifest.world_size} ranks"

@@ -1,0 +1,44 @@
+"""The examples under a launcher: `accelerate launch` with DeepSpeed and a configuration of `auto` values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO
+from test_commands import run
+
+from lmc_dist.ports import free_port
+from lmc_dist.trajectory.store import TrajectoryLog
+
+
+def test_the_accelerate_file_names_the_deepspeed_file() -> None:
+    settings = yaml.safe_load((REPO / "configs" / "accelerate_zero3.yaml").read_text())
+    deepspeed = json.loads((REPO / settings["deepspeed_config"]["deepspeed_config_file"]).read_text())
+    assert deepspeed["zero_optimization"]["stage"] == 3 and "auto" in deepspeed.values()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_trainer_by_accelerate_launch_with_deepspeed(tmp_path: Path) -> None:
+    """Without a GPU DeepSpeed compiles an operator at the first run on a machine, which takes most of the time."""
+    example = tmp_path / "example"
+    run(["python", "examples/base.py", "--output", str(example)])
+    launch = ["accelerate", "launch", "--config_file", "configs/accelerate_zero3.yaml"]
+    script = ["examples/trainer.py", "--model", f"{example}/base", "--data", f"{example}/data.jsonl"]
+    port = ["--main_process_port", str(free_port())]
+    run([*launch, *port, *script, "--log", f"{example}/log", "--output", f"{example}/model"], timeout=1500)
+    log = TrajectoryLog(example / "log")
+    assert (log.manifest.engine, log.manifest.world_size, log.manifest.max_grad_norm) == ("deepspeed-zero3", 2, 1.0)
+    assert log.num_steps == 8  # 64 samples, 2 ranks x 8 samples, 2 epochs
+    assert sorted(i for step in range(4) for i in log.record(step).sample_ids) == sorted(log.samples().ids)
+    assert all(record.loss is not None and 5 < record.loss < 7 for record in log.records())  # ln 400 = 6
+    assert (example / "model" / "model.safetensors").exists()
+    settings = ["--data.source", "log", "--model.path", f"{example}/base", "--log_dir", f"{example}/log"]
+    request = ["--forget.samples", "300-303", "--unlearn.replay_head", "auto"]
+    run(
+        ["lmc", "unlearn", *settings, *request, "--output_dir", f"{example}/unlearned"]
+    )  # on one rank, without DeepSpeed
+    assert json.loads((example / "unlearned" / "result.json").read_text())["status"] == "done"
