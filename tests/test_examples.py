@@ -10,7 +10,10 @@ import yaml
 from conftest import REPO
 from test_commands import run
 
+from lmc_dist.config import Config, DataConfig
+from lmc_dist.errors import LmcError
 from lmc_dist.ports import free_port
+from lmc_dist.training import build_dataset, check_targets
 from lmc_dist.trajectory.store import TrajectoryLog
 
 
@@ -18,6 +21,14 @@ def test_the_accelerate_file_names_the_deepspeed_file() -> None:
     settings = yaml.safe_load((REPO / "configs" / "accelerate_zero3.yaml").read_text())
     deepspeed = json.loads((REPO / settings["deepspeed_config"]["deepspeed_config_file"]).read_text())
     assert deepspeed["zero_optimization"]["stage"] == 3 and "auto" in deepspeed.values()
+
+
+def test_samples_of_the_log_are_for_unlearning_alone(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(source="log"), log_dir=str(tmp_path / "log"))
+    with pytest.raises(LmcError, match="'log' is for unlearning"):
+        check_targets(config)
+    with pytest.raises(LmcError, match="with the tokenizer of training"):
+        build_dataset(config)
 
 
 @pytest.mark.slow

@@ -478,3 +478,27 @@ def test_lora_is_corrected(ranks: Any, tmp_path: Path) -> None:
             assert handed_over < 0.75 * exact and exact < 0.7 and replayed_all <= 1e-4, facts
         # half a batch is no small change: what the tangent misses of it shrinks with what is forgotten
         assert facts["faded"][0] <= 0.1, facts
+
+
+# --- warm-up from a learning rate of 0 -------------------------------------------------------------------------------
+
+
+def warm_up_job(folder: Path) -> tuple[float, float]:
+    """(relative distance from replay of the correction by `secant`, learning rate of the first step)."""
+    from lmc_dist.logged_run import open_logged_run
+    from lmc_dist.runtime import Runtime
+
+    config = engine_config(folder, "single", "update", learning_rate=0.05, warmup_steps=2, schedule="linear", epochs=2)
+    train_job(config)
+    run = open_logged_run(config, Runtime(0, 1, torch.device("cpu")))
+    log = run.log
+    request = Counterfactual("renormalize", sample_ids=frozenset(log.record(s).sample_ids[0] for s in (0, 2)))
+    found = compute_correction(log, run.module, run.batches, request, HVPConfig("secant"))
+    theta, reference = log.theta(log.num_steps), replayed(config, request).theta
+    return (found.corrected(theta) - reference).norm() / (theta - reference).norm(), log.record(0).lr[0]
+
+
+def test_a_source_at_a_learning_rate_of_0_is_no_divergence(ranks: Any, tmp_path: Path) -> None:
+    """It moves nothing, and v is rounding until the next one."""
+    ((distance, rate),) = ranks(1).run(warm_up_job, tmp_path)
+    assert rate == 0 and distance <= 1e-3, (rate, distance)

@@ -60,7 +60,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], output: IO[str
         stdout=output,
         stderr=subprocess.STDOUT,
         env={**environment, "PATH": search},
-        start_new_session=True,
+        preexec_fn=os.setpgrp,  # not a session of its own, which Linux would schedule beside this one's others
     )
 
 
@@ -96,10 +96,13 @@ class Fork:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            status = 1
             try:
                 _become(arguments, environment, output)
+            except SystemExit as error:  # bad options, already told
+                status = error.code if isinstance(error.code, int) else 1
             finally:
-                os._exit(1)
+                os._exit(status)
 
     def wait(self, timeout: float | None = None) -> int:
         """As of `Child`."""
@@ -114,13 +117,14 @@ class Fork:
 
 def _become(arguments: Sequence[str], environment: Mapping[str, str], output: IO[str]) -> None:
     """The fork's life: `lmc cell`, which ends the process."""
-    os.setsid()
+    os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     from lmc_dist.cli import run_command
 
     run_command("cell", arguments)

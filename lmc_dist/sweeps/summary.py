@@ -21,7 +21,7 @@ from lmc_dist.trajectory.files import write_atomic, write_json
 if TYPE_CHECKING:
     from lmc_dist.sweeps.plan import SweepPlan
 
-JSON, CSV = "sweep.json", "sweep.csv"
+JSON, CSV, MARKDOWN = "sweep.json", "sweep.csv", "sweep.md"
 ORDER = ("do_nothing", "retain", "ga", "graddiff", "npo", "tim", "lmcleaner", "replay", "retrain")
 _FIGURES = ("rel_error", "loss_forget", "loss_retain", "gradients", "seconds", "v_norm", "growth_max")
 _KEYS = (
@@ -78,44 +78,40 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[s
     return found
 
 
-def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a split and method."""
-    lines = [
-        [
-            "",
-            "seeds",
-            "rel_error",
-            "Δ prob, forgotten",
-            "Δ truth ratio",
-            "Δ AUC (loss)",
-            "KS statistic",
-            "Δ prob, retained",
-            "gradients",
-            "seconds",
-        ]
-    ]
+NOTE = "Mean ± half of a 95 % t interval over seeds. Δ: |difference to the retrained model|, whose row, 0, is the aim."
+_METRICS = {
+    "Δ probability": "forget.probability",
+    "Δ truth ratio": "forget.truth_ratio",
+    "Δ AUC, loss": "auc.loss",
+    "Δ AUC, min-k": "auc.min_k",
+    "Δ probability, retained": "retain.probability",
+}
+
+
+def summary_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Title and one row a split and method, as text: errors in weights, distances in what is said, cost."""
+    found = [["", "seeds", "rel_error", *_METRICS, "KS statistic", "gradients", "seconds"]]
     for (split, label), same in grouped(rows).items():
         good = [row for row in same if row["failure"] is None and row["rel_error"] is not None]
-        lost = f"{len(good)}/{len(same)}" if len(good) < len(same) else str(len(same))
+        count = f"{len(good)} of {len(same)}" if len(good) < len(same) else str(len(same))
+        distances = [mean_of(distance_of(row, metric) for row in good) for metric in _METRICS.values()]
         ks = mean_of(value_of(row, "forget_quality.ks_statistic") for row in good)
-        distances = [
-            mean_of(distance_of(row, name) for row in good)
-            for name in ("forget.probability", "forget.truth_ratio", "auc.loss")
-        ]
-        retained = mean_of(distance_of(row, "retain.probability") for row in good)
-        cells = [mean_of(row["rel_error"] for row in good), *distances, ks, retained]
         costs = [mean_of(row[key] for row in good) for key in ("gradients", "seconds")]
-        lines.append(
-            [
-                f"{split}: {label}",
-                lost,
-                told(cells[0]),
-                *(told(x, ".4f") for x in cells[1:]),
-                *(told(x, ".1f", with_half=False) for x in costs),
-            ]
-        )
-    note = "mean ± half of a 95 % t interval over seeds; Δ: |difference to the retrained model|, whose row is the aim"
-    return "\n".join([*table(lines), note])
+        cells = [told(mean_of(row["rel_error"] for row in good)), *(told(x, ".4f") for x in (*distances, ks))]
+        found.append([f"{split}: {label}", count, *cells, *(told(x, ".1f", with_half=False) for x in costs)])
+    return found
+
+
+def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table on the terminal."""
+    return "\n".join([*table(summary_rows(rows)), NOTE])
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The same for a page."""
+    title, *others = summary_rows(rows)
+    lines = [title, ["---", *("---:" for _ in title[1:])], *others]
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", NOTE, ""])
 
 
 def told(found: Mean, form: str = ".3f", with_half: bool = True) -> str:
@@ -137,11 +133,12 @@ def failures_text(failed: Sequence[dict[str, Any]]) -> str:
 
 
 def write_summary(folder: Path, plan: SweepPlan, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes sweep.json and sweep.csv. Local."""
+    """Writes sweep.json, sweep.csv and sweep.md. Local."""
     dropped = [{"parameters": parameters, "same_as": name} for parameters, name in plan.dropped]
     files = [{"path": str(file.path), "content": file.content} for file in plan.files]
     write_json(folder / JSON, {"files": files, "cells": list(rows), "dropped": dropped})
     write_atomic(folder / CSV, comma_separated(rows))
+    write_atomic(folder / MARKDOWN, markdown_table(rows))
 
 
 def comma_separated(rows: Sequence[dict[str, Any]]) -> str:

@@ -113,10 +113,12 @@ class GrowthGuard:
             if growth is not None:
                 window.recent.append(growth)
                 window.growth_max = max(window.growth_max or 0.0, growth)
-            stable = self.rule.amplification * max(window.entered, 1e-300)
-            if not all(map(math.isfinite, (norm, *state.values()))) or norm > GROWTH_LIMIT * stable:
+            stable = self.rule.amplification * window.entered
+            has_entered = stable > 0  # at a learning rate of 0 a source moves nothing, and v is rounding
+            if not all(map(math.isfinite, (norm, *state.values()))) or (has_entered and norm > GROWTH_LIMIT * stable):
                 self._stop(window, step, norm, state)
-            self.worst = (*max(self.worst[:2], (norm / stable, window.growth)), max(self.worst[2], growth or 0.0))
+            if has_entered:
+                self.worst = (*max(self.worst[:2], (norm / stable, window.growth)), max(self.worst[2], growth or 0.0))
             window.norm = norm
             if self.tol is not None and len(window.paces) == RECENT:
                 window.is_still = sum(window.paces) / RECENT * (tau - 1 - step) < self.tol
