@@ -299,6 +299,7 @@ examples:
   lmc sweep configs/sweeps/tofu_baselines.yaml configs/sweeps/tofu_lmcleaner.yaml --data DATA/tofu \\
       --model DATA/models/stories260K --output runs/sweep --ranks 1
   lmc sweep configs/sweeps/models.yaml --output runs/models --ranks 2 --sweep.dry_run true
+  lmc sweep configs/sweeps/models.yaml --output runs/models --ranks 2 --part 0/4      one of four jobs that share it
 
 What is finished is skipped; a cell that fails is shown at the end, and the exit status is then 1. The same files go to
 `wandb sweep`, and the cells to `wandb agent`, with LMC_DATA, LMC_MODEL, LMC_OUTPUT and LMC_RANKS in the environment.
@@ -312,6 +313,7 @@ What is finished is skipped; a cell that fails is shown at the end, and the exit
             "--data": "sweep.data",
             "--model": "sweep.model",
             "--ranks": "sweep.ranks",
+            "--part": "sweep.part",
         },
         ("FILE",),
     ),

@@ -466,6 +466,7 @@ class SweepConfig:
             then do not spend most of their time on starting a launcher and importing.
         seed: Of the draws where a file's method is `random`.
         retry: Run cells again that failed in an earlier run.
+        part: `i/n`: only every n-th cell, from the i-th on, for n jobs that share a sweep; null runs all.
         remove_logs: Remove the trained models and logs that cells share, once all cells are finished.
         dry_run: Only print the command lines.
     """
@@ -478,6 +479,7 @@ class SweepConfig:
     fork: bool = False
     seed: int = 0
     retry: bool = True
+    part: str | None = None
     remove_logs: bool = False
     dry_run: bool = False
 

@@ -18,6 +18,7 @@ from typing import Any
 from lmc_dist.config import Config, ReportConfig
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import count, size
+from lmc_dist.stopping import stop_asked, stopped
 from lmc_dist.sweeps.cell import cell_line, empty_row, row_path, stored_row
 from lmc_dist.sweeps.children import Child, Fork, preload, start, wait
 from lmc_dist.sweeps.plan import PlannedCell, SweepPlan, environment_of, plan_sweep
@@ -41,8 +42,9 @@ def sweep(config: Config) -> tuple[str, int]:
         told.append(f"dropped: {given}, the same work as {name}")
     if settings.fork and settings.ranks not in (None, 1):
         raise LmcError(f"sweep.fork runs cells of one process, and --ranks is {settings.ranks}: leave one of them out")
+    index, of = part_of(settings.part)
     if settings.dry_run:
-        return "\n".join([*told, *(shlex.join(cell.command) for cell in plan.cells)]), 0
+        return "\n".join([*told, *(shlex.join(cell.command) for cell in plan.cells[index::of])]), 0
     from lmc_dist.report.pictures import require_matplotlib
 
     require_matplotlib()
@@ -53,12 +55,35 @@ def sweep(config: Config) -> tuple[str, int]:
     _say("\n".join(told))
     signal.signal(signal.SIGTERM, _interrupt)
     for i, cell in enumerate(plan.cells, 1):
+        if (i - 1) % of != index:
+            continue
         row = stored_row(cell.identity)
         if row is not None and (row["failure"] is None or not settings.retry):
             continue
+        if (asked := stop_asked()) is not None:
+            raise stopped("the sweep stopped before a cell (the same command goes on)", asked)
         found = run_cell(cell, environment, settings.fork)
         _say(f"[{i}/{len(plan.cells)}] {cell_line(found)}")
+    if of > 1:
+        rows = [stored_row(cell.identity) or empty_row(cell.identity) for cell in plan.cells[index::of]]
+        failed = [row for row in rows if row["failure"] is not None]
+        done = f"part {index} of {of}: {count(len(rows), 'cell')}, {len(failed)} failed; `lmc sweep` without a part shows all"
+        return "\n".join([done, *([failures_text(failed)] if failed else [])]), 1 if failed else 0
     return finish(plan, config)
+
+
+def part_of(text: str | None) -> tuple[int, int]:
+    """(index, number of parts) of `i/n`; None is all. Local.
+
+    Raises:
+        LmcError: Not i/n with 0 ≤ i < n.
+    """
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise LmcError(f"sweep.part is i/n with i from 0 to n-1, such as 0/4, got '{text}'")
+    return int(found[1]), int(found[2])
 
 
 def run_cell(cell: PlannedCell, environment: Mapping[str, str], fork: bool = False) -> dict[str, Any]:
@@ -80,6 +105,8 @@ def run_cell(cell: PlannedCell, environment: Mapping[str, str], fork: bool = Fal
     row = stored_row(cell.identity)
     if row is not None and row["failure"] is None and status == 0:
         return row
+    if (asked := stop_asked()) is not None:  # the cell was, too: it is cut off, and has not failed
+        raise stopped("the sweep stopped in a cell (the same command goes on)", asked)
     row = row or empty_row(cell.identity)
     reason = (row["failure"] or {}).get("reason") or reason_of(log, status)
     row |= {"failure": {"reason": reason, "log": str(log)}, "seconds_cell": time.perf_counter() - started}
