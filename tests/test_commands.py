@@ -154,6 +154,10 @@ COVERED = {
     "lmc unlearn": "test_make_demo",
     "lmc plan": "test_make_demo",
     "lmc log": "test_make_demo",
+    "lmc baseline": "test_make_demo",
+    "lmc report": "test_make_demo",
+    "lmc slurm": "test_make_demo",
+    "lmc doctor": "test_make_demo",
 }
 
 

@@ -87,5 +87,6 @@ def render_job(config: Config) -> str:
         raise LmcError(f"{path} exists: choose another slurm.output, or pass --overwrite true")
     from lmc_dist.trajectory.files import write_atomic
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     return f"{path}: sbatch {path}"
