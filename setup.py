@@ -16,7 +16,7 @@ INSTALL_REQUIRES = [
     "torch>=2.6",
     "deepspeed>=0.16",
     "transformers>=4.56",
-    "accelerate>=1.0",
+    "accelerate>=1.10",
     "safetensors>=0.5",
     "tokenizers",
     "datasets",

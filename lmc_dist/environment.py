@@ -159,12 +159,12 @@ def extras() -> list[Finding]:
             lacking.setdefault(extra, [])
             if installed(requirement) is None:
                 lacking[extra].append(requirement.name)
-    found = ", ".join(
-        f"{extra}: {'without ' + ', '.join(names) if names else 'all'}" for extra, names in lacking.items()
-    )
+    found = "; ".join(f"{extra}: {'no ' + ' and '.join(names) if names else 'all'}" for extra, names in lacking.items())
     short = [extra for extra, names in lacking.items() if names]
     if short:
-        return [Finding("extras", "warning", found, f"where wanted: pip install 'lmc_dist[{','.join(short)}]'")]
+        return [
+            Finding("extras", "warning", found, f"where they are wanted: pip install 'lmc_dist[{','.join(short)}]'")
+        ]
     return [Finding("extras", "ok", found)]
 
 
