@@ -117,7 +117,9 @@ def test_trainer_run_is_logged_and_replayed_to_the_bit(tmp_path: Path, engine: s
     assert [r.lr[0] for r in log.records()] == pytest.approx([0.0, 0.05, 0.1, 0.05])  # the rate used, not the next
     assert [r.epoch for r in log.records()] == pytest.approx([0.0, 0.5, 1.0, 1.5])
     assert all(r.grad_norm and 0 < r.clip_coef <= 1 for r in log.records())
-    assert all(r.loss is not None and 5 < r.loss < 7 for r in log.records())  # of one token, whatever the number of ranks
+    assert all(
+        r.loss is not None and 5 < r.loss < 7 for r in log.records()
+    )  # of one token, whatever the number of ranks
 
 
 def silent_single_process_job(folder: Path) -> str:
