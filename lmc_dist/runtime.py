@@ -189,11 +189,14 @@ def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
         raise LmcError(f"{folder} is not overwritten: it holds no {marker}, so no earlier run left it")
 
 
-def remove_folder(folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def remove_folder(folder: Path, group: dist.ProcessGroup | None = None, only_empty: bool = False) -> None:
     """Removes a folder that `check_replaceable` has passed; one that is absent is fine. Collective."""
     with agreement(group):
         if (not dist.is_initialized() or dist.get_rank() == 0) and folder.exists():
-            shutil.rmtree(folder)
+            if not only_empty:
+                shutil.rmtree(folder)
+            elif not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @contextmanager

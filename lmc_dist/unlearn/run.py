@@ -174,7 +174,14 @@ class UnlearningRun(AskedRun):
                 problem = self._problem(hvp, None, unlearn.tol)
                 whole = [joint_unit(self.request)]
                 work = self.work_dir / f"{method.name}-{work_digest(problem, whole)[:12]}"
-                correction = correct_units(problem, whole, work, mark_every=unlearn.mark_every, progress=progress)
+                try:
+                    correction = correct_units(problem, whole, work, mark_every=unlearn.mark_every, progress=progress)
+                except Stopped:
+                    raise
+                except LmcError:  # on all ranks; it would come again from the mark, of which nothing is left then
+                    remove_folder(work)
+                    remove_folder(self.work_dir, only_empty=True)
+                    raise
             else:
                 correction = compute_correction(
                     self.log,
