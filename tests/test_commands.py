@@ -36,9 +36,10 @@ def run(command: list[str], timeout: float = 600, **environment: str) -> subproc
 def test_all_launchers_reach_the_same_weights(ranks: Any, tmp_path: Path) -> None:
     hosts = tmp_path / "hostfile"
     hosts.write_text("localhost slots=2\n")
+    without_ssh = ["--hostfile", str(hosts), "--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1"]
     zero3 = ["--use_deepspeed", "--zero_stage", "3", "--num_processes", "2", "--num_machines", "1"]
     starts = {
-        "deepspeed": ["deepspeed", "--hostfile", str(hosts), "--master_port", str(free_port()), "launch/train.py"],
+        "deepspeed": ["deepspeed", *without_ssh, "--master_port", str(free_port()), "launch/train.py"],
         "accelerate": ["accelerate", "launch", *zero3, "--main_process_port", str(free_port()), "launch/train.py"],
         "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "launch/train.py"],
         "one process": [sys.executable, "launch/train.py"],
