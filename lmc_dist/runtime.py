@@ -132,13 +132,12 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> No
     dist.all_reduce(failed, group=group)
     if not int(failed):
         return
-    messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, None if error is None else describe(error), group=group)
-    rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
-    everywhere = len({m for m in messages if m is not None}) == 1 and None not in messages
-    stops = torch.tensor([int(error is None or isinstance(error, Stopped))])
-    dist.all_reduce(stops, dist.ReduceOp.MIN, group=group)
-    if int(stops):
+    told: list[tuple[str, bool] | None] = [None] * dist.get_world_size(group)
+    mine = None if error is None else (describe(error), isinstance(error, Stopped))
+    dist.all_gather_object(told, mine, group=group)
+    rank, message = next((r, m[0]) for r, m in enumerate(told) if m is not None)
+    everywhere = len({m[0] for m in told if m is not None}) == 1 and None not in told
+    if all(m is None or m[1] for m in told):
         raise Stopped(message) from error
     raise AgreedError(message if everywhere else f"rank {rank}: {message}") from error
 

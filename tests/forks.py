@@ -7,10 +7,8 @@ harm to others.
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
+
+from lmc_dist.sweeps.children import import_all
 
 PRELOADED = (
     "deepspeed",
@@ -59,11 +59,7 @@ def _serve(connection: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in PRELOADED:
-        importlib.import_module(name)
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())  # its own one would be a named semaphore of each rank, which nobody removes
+    import_all(PRELOADED)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: dict[int, tuple[int, int]] = {}  # pid → (group, rank)
     statuses: dict[int, dict[int, int]] = {}

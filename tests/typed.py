@@ -8,15 +8,15 @@ Stops at the first command that fails, with its status.
 
 from __future__ import annotations
 
-import importlib
 import os
 import runpy
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+
+from lmc_dist.sweeps.children import import_all
 
 PRELOADED = (
     "accelerate",
@@ -34,11 +34,7 @@ PRELOADED = (
 
 def main() -> None:
     commands = [line.strip() for line in sys.stdin if line.strip()]
-    for name in PRELOADED:
-        importlib.import_module(name)
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())  # its own one would be a named semaphore of each fork, which nobody removes
+    import_all(PRELOADED)
     for command in commands:
         started = time.perf_counter()
         print(f"$ {command}", flush=True)

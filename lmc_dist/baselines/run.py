@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from lmc_dist.runtime import AgreedError, Runtime, agreement, promoted
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.tracking import Tracker, audit_summary, tracked
+from lmc_dist.tracking import Tracker, audit_summary
 from lmc_dist.training import build_engine, check_train_config
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.unlearn.asked import AskedRun
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction
-from lmc_dist.unlearn.reference import retrain, retrained
+from lmc_dist.unlearn.reference import reference_of
 from lmc_dist.unlearn.results import write_results
 
 
@@ -75,6 +74,13 @@ class BaselineRun(AskedRun):
         found = relayout(shards.read(), self.log.layout).to(theta.flat.dtype)
         shards.destroy()
         return found, tuned
+
+    def replayed(self, theta: ShardedVector) -> tuple[ShardedVector, float]:
+        """(θ_retrain, seconds) by exact replay. Collective."""
+        started = time.perf_counter()
+        with StepProgress("replay", self.touched[0].step, self.log.num_steps, self.progress) as progress:
+            correction, _ = self.replay(theta, progress)
+        return correction.corrected(theta), time.perf_counter() - started
 
     @property
     def batch_size(self) -> float:
@@ -135,11 +141,7 @@ def baseline(config: Config, runtime: Runtime, tracker: Tracker | None = None, e
         ends: As there.
     """
     run = BaselineRun(config, runtime)
-    with ExitStack() as stack:
-        if tracker is None:
-            with agreement():
-                tracker = stack.enter_context(tracked(config, runtime.is_main))
-        run.tracker = tracker
+    with run.tracked_by(tracker):
         return _baseline(run, ends)
 
 
@@ -150,7 +152,7 @@ def _baseline(run: BaselineRun, ends: bool) -> dict[str, Any]:
     start = run.start(theta)
     with promoted(run.output_dir) as part:
         # Before the baseline: replay must run in a process that has not run another engine (docs/engines.md).
-        reference, retrain_seconds = reference_of(run, theta, part)
+        reference, retrain_seconds = reference_of(run, part / "reference", lambda: run.replayed(theta))
         started = time.perf_counter()
         with StepProgress(method, 0, run.plan.num_steps, run.progress, run.tracker.listeners) as progress:
             weights, tuned = run.tune(start.theta, progress)
@@ -227,18 +229,3 @@ def _baseline(run: BaselineRun, ends: bool) -> dict[str, Any]:
     methods = {row["method"]: row for row in rows}
     run.tracker.summary({**{name: result[name] for name in names}, "methods": methods, "audit": audit_summary([audit])})
     return result
-
-
-def reference_of(run: BaselineRun, theta: ShardedVector, part: Path) -> tuple[ShardedVector | None, float | None]:
-    """(θ_retrain, its seconds) as configured, None where it is not known. Collective."""
-    name = run.config.reference
-    if name == "none":
-        return None, None
-    if name == "retrain":
-        return retrain(run, part / "reference")
-    if name == "replay":
-        started = time.perf_counter()
-        with StepProgress("replay", run.touched[0].step, run.log.num_steps, run.progress) as progress:
-            correction, _ = run.replay(theta, progress)
-        return correction.corrected(theta), time.perf_counter() - started
-    return retrained(run)

@@ -71,10 +71,10 @@ def product_bytes(model: ModelFacts, mode: str, num_vectors: int, passes: Sequen
         standing += (1 + m) * outside
     standing += model.frozen_outer_numel * is_many
     back_tangents = m if mode == "exact" else 0
-    gathered = 2 * is_many * ((1 + m) * block + model.frozen_block_numel)  # the next block is on its way
-    gathered_back = 2 * is_many * ((1 + back_tangents) * block + model.frozen_block_numel)
+    one = is_many * ((1 + m) * block + model.frozen_block_numel)  # a gathered block; the next one is on its way
+    one_back = is_many * ((1 + back_tangents) * block + model.frozen_block_numel)
     kept = 1 + back_tangents  # of each boundary
-    forward = model.blocks * kept * boundary + 2 * m * boundary + gathered if m else 0.0
+    forward = model.blocks * kept * boundary + 2 * m * boundary + 2 * one if m else 0.0
     if m:
         forward += _TANGENT.elements(model, passes) + (_TAPE.elements(model, passes) if m > 1 else 0.0)
     logits = _LOGITS[mode if m else "gradient"] * _chunk(model, passes)
@@ -84,10 +84,10 @@ def product_bytes(model: ModelFacts, mode: str, num_vectors: int, passes: Sequen
     if mode == "exact" and m > 1:
         graph += _SECOND_TAPE.elements(model, passes)
     cotangents = (1 + m if mode == "exact" else results) * boundary
-    back = model.blocks * kept * boundary + cotangents + graph + gathered_back
+    back = model.blocks * kept * boundary + cotangents + graph + 2 * one_back
     back += (results + (2 if mode == "exact" else 1)) * block
     # A block is copied out of what was gathered while the next one is on its way.
-    copied = max(1.5 * gathered + m * boundary if m else 0.0, 1.5 * gathered_back + cotangents)
+    copied = max(3 * one + m * boundary if m else 0.0, 3 * one_back + cotangents)
     copied += model.blocks * kept * boundary
     end = is_many * (m > 1) * m * outside
     return model.itemsize * (standing + max(forward, turn, back, copied, end))

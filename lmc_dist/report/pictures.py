@@ -75,6 +75,40 @@ def require_matplotlib() -> None:
         raise LmcError("the report's pictures need matplotlib: pip install 'lmc_dist[report]'") from None
 
 
+def draw_error_against_cost(
+    axes: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    floors: tuple[float | None, float | None],
+    retrain: float,
+    mark: Callable[[Axes], None],
+) -> None:
+    """Axes, lines and limits of rel_error over cost.
+
+    Args:
+        axes: Where to.
+        xs: Costs.
+        ys: Errors.
+        floors: Where 0 is drawn on the two axes, None where there is none.
+        retrain: Cost of retraining; 0 where it is not known.
+        mark: Draws the points.
+    """
+    axes.set_xscale("log")
+    axes.set_yscale("log", nonpositive="clip")
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
+    axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="do nothing")
+    if retrain > 0:
+        axes.axvline(retrain, color=INK, linewidth=1, linestyle=":", label="cost of retraining")
+    mark(axes)
+    x_floor, y_floor = floors
+    axes.set_ylim(min([*ys, 1.0]) / 2 if y_floor is None else y_floor, max([*ys, 1.0]) * 2)
+    if x_floor is not None:
+        axes.set_xlim(left=x_floor)
+    axes.set_xlabel("cost in gradients of a training batch")
+    axes.set_ylabel("rel_error")
+
+
 def error_against_cost(group: Group, key: str) -> Picture | None:
     """rel_error over cost, both logarithmic, one marker a method; None where no method has both."""
     points = [
@@ -86,21 +120,14 @@ def error_against_cost(group: Group, key: str) -> Picture | None:
     xs, x_floor = logarithmic([_mean(m, "gradients") for m in points])
     ys, y_floor = logarithmic([_mean(m, "rel_error") for m in points])
 
-    def draw(axes: Axes) -> None:
-        axes.set_xscale("log")
-        axes.set_yscale("log", nonpositive="clip")
-        plain_ticks(axes.xaxis)
-        plain_ticks(axes.yaxis)
-        axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="do nothing")
-        if retrain is not None and _mean(retrain, "gradients") > 0:
-            axes.axvline(_mean(retrain, "gradients"), color=INK, linewidth=1, linestyle=":", label="cost of retraining")
+    def mark(axes: Axes) -> None:
         for i, (method, x, y) in enumerate(zip(points, xs, ys, strict=True)):
             _mark(axes, i, x, y, method, method.numbers["rel_error"].sd)
-        axes.set_ylim(min([*ys, 1.0]) / 2 if y_floor is None else y_floor, max([*ys, 1.0]) * 2)
-        if x_floor is not None:
-            axes.set_xlim(left=x_floor)
-        axes.set_xlabel("cost in gradients of a training batch")
-        axes.set_ylabel("rel_error")
+
+    cost = 0.0 if retrain is None else _mean(retrain, "gradients")
+
+    def draw(axes: Axes) -> None:
+        draw_error_against_cost(axes, xs, ys, (x_floor, y_floor), cost, mark)
 
     at_border = [name for name, floor in (("cost", x_floor), ("error", y_floor)) if floor is not None]
     caption = "Error against cost; lower and further left is better. 1 is doing nothing, above it harm was done."

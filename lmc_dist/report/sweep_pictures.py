@@ -11,9 +11,9 @@ from lmc_dist.report.pictures import (
     MARKERS,
     SERIES,
     Picture,
+    draw_error_against_cost,
     logarithmic,
     picture,
-    plain_ticks,
     short,
 )
 from lmc_dist.report.sweeps import Cells
@@ -33,20 +33,11 @@ def error_against_cost(cells: Sequence[Cells], key: str) -> Picture | None:
     xs, x_floor = logarithmic([_mean(c, "gradients") for c in points])
     ys, y_floor = logarithmic([_mean(c, "rel_error") for c in points])
 
+    cost = 0.0 if retrain is None else _mean(retrain, "gradients")
+
     def draw(axes: Axes) -> None:
-        axes.set_xscale("log")
-        axes.set_yscale("log", nonpositive="clip")
-        plain_ticks(axes.xaxis)
-        plain_ticks(axes.yaxis)
-        axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="do nothing")
-        if retrain is not None and _mean(retrain, "gradients") > 0:
-            axes.axvline(_mean(retrain, "gradients"), color=INK, linewidth=1, linestyle=":", label="cost of retraining")
-        _scatter(axes, points, xs, ys, "rel_error")
-        axes.set_ylim(min([*ys, 1.0]) / 2 if y_floor is None else y_floor, max([*ys, 1.0]) * 2)
-        if x_floor is not None:
-            axes.set_xlim(left=x_floor)
-        axes.set_xlabel("cost in gradients of a training batch")
-        axes.set_ylabel("rel_error")
+        mark = lambda axes: _scatter(axes, points, xs, ys, "rel_error")  # noqa: E731
+        draw_error_against_cost(axes, xs, ys, (x_floor, y_floor), cost, mark)
 
     caption = (
         "Error against cost; lower and further left is better. 1 is doing nothing, above it harm was done. " + SIGNS

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
 from torch import nn
+
+from lmc_dist.digest import json_digest
 
 # Where a config came from and how it is run, not what the model is.
 _VOLATILE = {
@@ -50,5 +51,4 @@ def model_fingerprint(module: nn.Module) -> str:
     """Digest of config and parameter table, the same for meta, whole and partitioned models. Local."""
     config = {key: value for key, value in model_config(module).items() if key not in _VOLATILE}
     table = [{key: row[key] for key in ("name", "shape", "tied_to")} for row in parameter_table(module)]
-    text = json.dumps([config, table], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json_digest([config, table])

@@ -75,7 +75,12 @@ def preload() -> None:
     if torch.cuda.is_available():
         raise LmcError("sweep.fork is for machines without a GPU: leave it out, and cells start by their command lines")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in PRELOADED:
+    import_all(PRELOADED)
+
+
+def import_all(names: Sequence[str]) -> None:
+    """Imports modules for all forks of this process to have. Local; before it has threads."""
+    for name in names:
         importlib.import_module(name)
     from tqdm import tqdm
 

@@ -6,12 +6,11 @@ all steps is replay, no curvature is the first-order rollback). Cells are compar
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lmc_dist.config import Config, UnlearnConfig
+from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError
 
 BASELINES = ("retain", "ga", "graddiff", "npo")
@@ -50,7 +49,7 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        return digest(self.settings)
+        return json_digest(self.settings)
 
     @property
     def name(self) -> str:
@@ -58,11 +57,6 @@ class Identity:
         split = "".join(c if c.isalnum() or c in "-_" else "_" for c in self.split)[:40]
         variant = f"-{self.variant}" if self.variant else ""
         return f"{split}-seed{self.seed}-{self.method}{variant}-{self.digest[:8]}"
-
-
-def digest(settings: Any) -> str:
-    """Of settings as JSON."""
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def training_settings(config: Config) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lmc_dist.config import Config
 from lmc_dist.data import load_rows
+from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.compare import compare
 from lmc_dist.evaluate.measure import Measured, measure
@@ -17,7 +18,6 @@ from lmc_dist.evaluate.model_folder import find_model
 from lmc_dist.evaluate.run import RETRAIN, check_settings
 from lmc_dist.evaluate.tofu_data import TofuQuestions, forgotten_ids, load_questions
 from lmc_dist.runtime import Runtime, agreement
-from lmc_dist.sweeps.identity import digest
 from lmc_dist.sweeps.shared import Trained, turn
 from lmc_dist.trajectory.files import read_json, write_json
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -58,7 +58,7 @@ class Judge:
         given = {
             key: x for key, x in asdict(self.config.evaluate).items() if key not in ("models", "retrain", "resamples")
         }
-        path = retrained.folder / f"measured-{digest(given)[:12]}.json"
+        path = retrained.folder / f"measured-{json_digest(given)[:12]}.json"
         with turn(path.with_suffix(""), path.exists, self.runtime) as is_mine:
             if is_mine:
                 found = self._measure(retrained.model)

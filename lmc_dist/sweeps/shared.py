@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lmc_dist.config import Config, ForgetConfig, LogConfig
+from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import Runtime, agreement, broadcast_object
-from lmc_dist.sweeps.identity import digest, retrain_settings, training_settings
+from lmc_dist.sweeps.identity import retrain_settings, training_settings
 from lmc_dist.training_apart import train_apart
 from lmc_dist.trajectory.files import read_json, write_json
 from lmc_dist.trajectory.lock import LogLock
@@ -94,7 +95,7 @@ def trained(config: Config, runtime: Runtime) -> Trained:
     Raises:
         LmcError: As `train_apart`.
     """
-    key = digest([training_settings(config), runtime.world_size])
+    key = json_digest([training_settings(config), runtime.world_size])
     plain = replace(config, forget=ForgetConfig())
     return _train(plain, Path(config.cell.folder) / "shared" / f"train-{key[:12]}", runtime)
 
@@ -105,7 +106,7 @@ def retrained(config: Config, runtime: Runtime) -> Trained:
     Raises:
         LmcError: As `train_apart`.
     """
-    key = digest([retrain_settings(config), runtime.world_size])
+    key = json_digest([retrain_settings(config), runtime.world_size])
     small = replace(config, log=LogConfig(storage="replay", save_interval=None))
     return _train(small, Path(config.cell.folder) / "shared" / f"retrain-{key[:12]}", runtime)
 

@@ -23,7 +23,6 @@ from lmc_dist.trainers.samples import CollatedBatches, sample_positions, without
 from lmc_dist.trainers.weights import another, holds, write_weights
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import write_json
-from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import write_audit
 from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction
@@ -31,6 +30,7 @@ from lmc_dist.unlearn.head import check_head
 from lmc_dist.unlearn.optimizer_state import correct_state
 from lmc_dist.unlearn.replayed import replayed_correction
 from lmc_dist.unlearn.request import check_request
+from lmc_dist.unlearn.results import library_result
 
 Head = int | Literal["auto", "all"]
 
@@ -165,34 +165,15 @@ class ModelCorrection:
 
     def _write(self, correction: Correction) -> None:
         """correction/, the audit, and result.json, which comes last."""
-        settings, log, v_norm = self.settings, self.log, correction.v.norm()
+        settings, log = self.settings, self.log
+        asked = settings.request, settings.curvature, settings.K, settings.replay_head
+        result = library_result(log, correction, *asked, self.seconds)
         with agreement(self.group):
             correction.save(Path(settings.output_dir) / "correction")
         with agreement(self.group):
-            if log.layout.rank != 0:
-                return
-            write_audit(settings.audit_folder, correction.audit)
-            result = {
-                "status": "done",
-                "rel_error": None,
-                "seconds_unlearn": self.seconds,
-                "seconds_retrain": None,
-                "gradients_equivalent": correction.gradients_equivalent,
-                "v_norm": v_norm,
-                "n_units": len(correction.audit),
-                "world_size": log.layout.world_size,
-                "engine": log.manifest.engine,
-                "config": {
-                    "K": settings.K,
-                    "hessian_mode": settings.curvature.mode,
-                    "damping": settings.curvature.damping,
-                    "counterfactual": settings.request.kind,
-                    "replay_head": settings.replay_head,
-                },
-                "versions": package_versions(),
-                "log_fingerprint": log.fingerprint,
-            }
-            write_json(settings.result_file, result)
+            if log.layout.rank == 0:
+                write_audit(settings.audit_folder, correction.audit)
+                write_json(settings.result_file, result)
 
     def apply_to_model(self) -> None:
         """Sets the weights of the model, before an engine takes it.

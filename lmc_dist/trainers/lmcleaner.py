@@ -28,8 +28,17 @@ class LMCleaner(Trainer):
 
     Args:
         args: Those of `Trainer`, by position.
-        request: What to forget.
-        cleaner: The settings that the subclasses have in common (`LMCleanerBatchLevel`).
+        request: What to forget; the subclasses make it.
+        training_log_dir: The trajectory log.
+        K: Steps each source is propagated; None is all.
+        hessian_mode: Any of `lmc_dist.curvature.MODES`.
+        damping: λ ≥ 0.
+        curvature: All settings of a mode, in place of these two.
+        replay_head: Steps replayed first, `auto`, or `all`: exact replay.
+        head_tolerance: `auto`: relative difference at which recursion and replay count as one.
+        tol: The sweep stops once what v would still move is below this share of it.
+        apply_immediately: Correct at once; else when `train()` begins, in the engine and with its optimizer's state.
+        audit_dir: Where audit_records.json goes; None is `audit` in the output_dir.
         kwargs: Those of `Trainer`, by name.
 
     Attributes:
@@ -41,25 +50,40 @@ class LMCleaner(Trainer):
 
     train_dataset: Any
 
-    def __init__(self, *args: Any, request: Counterfactual, cleaner: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        request: Counterfactual,
+        training_log_dir: str,
+        K: int | None = None,
+        hessian_mode: str = "GGN",
+        damping: float = 0.0,
+        curvature: HVPConfig | None = None,
+        replay_head: Head = 0,
+        head_tolerance: float = 0.05,
+        tol: float | None = None,
+        apply_immediately: bool = False,
+        audit_dir: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if kwargs.get("model_init") is not None:
             raise LmcError(
                 "model_init makes a new model when training begins, which nothing would correct: pass model="
             )
-        curvature = _curvature(cleaner["hessian_mode"], cleaner["damping"], cleaner["curvature"])
+        chosen = _curvature(hessian_mode, damping, curvature)
         kwargs["callbacks"] = [_Correct(self), *(kwargs.get("callbacks") or [])]  # before a logger looks at the weights
         super().__init__(*args, **kwargs)
         check_launch(self.args)
         settings = Settings(
-            log_dir=cleaner["training_log_dir"],
+            log_dir=training_log_dir,
             request=request,
-            K=cleaner["K"],
-            curvature=curvature,
-            replay_head=cleaner["replay_head"],
-            head_tolerance=cleaner["head_tolerance"],
-            tol=cleaner["tol"],
+            K=K,
+            curvature=chosen,
+            replay_head=replay_head,
+            head_tolerance=head_tolerance,
+            tol=tol,
             output_dir=str(self.args.output_dir),
-            audit_dir=cleaner["audit_dir"],
+            audit_dir=audit_dir,
         )
         self.unlearning = ModelCorrection(
             settings, self.model, self.train_dataset, self.data_collator, self.args.device
@@ -69,7 +93,7 @@ class LMCleaner(Trainer):
                 raise LmcError("all samples are forgotten, nothing is left to fine-tune on: set num_train_epochs=0")
             self.train_dataset = self.retained
         self.model.register_forward_pre_hook(_drop_ids, with_kwargs=True)
-        if cleaner["apply_immediately"]:
+        if apply_immediately:
             self.unlearning.apply_to_model()
 
     @property
@@ -118,106 +142,32 @@ class LMCleaner(Trainer):
 
 
 class LMCleanerBatchLevel(LMCleaner):
-    """Forgets whole batches: the logged run without those steps. See `LMCleaner`; every rank constructs one.
+    """Forgets whole batches: the logged run without those steps. Every rank constructs one.
 
     Args:
         args: Those of `Trainer`, by position.
-        training_log_dir: The trajectory log.
         forget_batch_ids: Batch ids of the log.
-        K: Steps each source is propagated; None is all.
-        hessian_mode: Any of `lmc_dist.curvature.MODES`.
-        damping: λ ≥ 0.
-        curvature: All settings of a mode, in place of these two.
-        replay_head: Steps replayed first, `auto`, or `all`: exact replay.
-        head_tolerance: `auto`: relative difference at which recursion and replay count as one.
-        tol: The sweep stops once what v would still move is below this share of it.
-        apply_immediately: Correct at once; else when `train()` begins, in the engine and with its optimizer's state.
-        audit_dir: Where audit_records.json goes; None is `audit` in the output_dir.
-        kwargs: Those of `Trainer`, by name.
+        kwargs: Those of `LMCleaner`, `training_log_dir` among them, and of `Trainer`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        training_log_dir: str,
-        forget_batch_ids: Iterable[int],
-        K: int | None = None,
-        hessian_mode: str = "GGN",
-        damping: float = 0.0,
-        curvature: HVPConfig | None = None,
-        replay_head: Head = 0,
-        head_tolerance: float = 0.05,
-        tol: float | None = None,
-        apply_immediately: bool = False,
-        audit_dir: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        cleaner = {
-            "training_log_dir": training_log_dir,
-            "K": K,
-            "hessian_mode": hessian_mode,
-            "damping": damping,
-            "curvature": curvature,
-            "replay_head": replay_head,
-            "head_tolerance": head_tolerance,
-            "tol": tol,
-            "apply_immediately": apply_immediately,
-            "audit_dir": audit_dir,
-        }
-        super().__init__(*args, request=make_request(batch_ids=forget_batch_ids), cleaner=cleaner, **kwargs)
+    def __init__(self, *args: Any, forget_batch_ids: Iterable[int], **kwargs: Any) -> None:
+        super().__init__(*args, request=make_request(batch_ids=forget_batch_ids), **kwargs)
 
 
 class LMCleanerSampleLevel(LMCleaner):
-    """Forgets samples wherever they occur. See `LMCleaner`; every rank constructs one.
+    """Forgets samples wherever they occur. Every rank constructs one.
 
     Args:
         args: Those of `Trainer`, by position.
-        training_log_dir: The trajectory log.
         forget_sample_ids: The dataset's own ids.
         counterfactual: `renormalize` or `zero`.
-        K: As of `LMCleanerBatchLevel`, and so are the others.
-        hessian_mode: As there.
-        damping: As there.
-        curvature: As there.
-        replay_head: As there.
-        head_tolerance: As there.
-        tol: As there.
-        apply_immediately: As there.
-        audit_dir: As there.
-        kwargs: As there.
+        kwargs: Those of `LMCleaner`, `training_log_dir` among them, and of `Trainer`.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        training_log_dir: str,
-        forget_sample_ids: Iterable[int],
-        counterfactual: Kind = "renormalize",
-        K: int | None = None,
-        hessian_mode: str = "GGN",
-        damping: float = 0.0,
-        curvature: HVPConfig | None = None,
-        replay_head: Head = 0,
-        head_tolerance: float = 0.05,
-        tol: float | None = None,
-        apply_immediately: bool = False,
-        audit_dir: str | None = None,
-        **kwargs: Any,
+        self, *args: Any, forget_sample_ids: Iterable[int], counterfactual: Kind = "renormalize", **kwargs: Any
     ) -> None:
-        cleaner = {
-            "training_log_dir": training_log_dir,
-            "K": K,
-            "hessian_mode": hessian_mode,
-            "damping": damping,
-            "curvature": curvature,
-            "replay_head": replay_head,
-            "head_tolerance": head_tolerance,
-            "tol": tol,
-            "apply_immediately": apply_immediately,
-            "audit_dir": audit_dir,
-        }
-        request = make_request(sample_ids=forget_sample_ids, kind=counterfactual)
-        super().__init__(*args, request=request, cleaner=cleaner, **kwargs)
+        super().__init__(*args, request=make_request(sample_ids=forget_sample_ids, kind=counterfactual), **kwargs)
 
 
 def _curvature(hessian_mode: str, damping: float, given: HVPConfig | None) -> HVPConfig:

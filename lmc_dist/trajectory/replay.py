@@ -27,6 +27,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_
 from lmc_dist.trajectory.reader import FLOATS
 from lmc_dist.trajectory.record import Segment, TrajectoryManifest
 from lmc_dist.trajectory.store import TrajectoryLog
+from lmc_dist.update_rules.settings import DEEPSPEED_ADAM
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,6 @@ def replay(
             verified += exact
         progress(step)
     return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
-
-
-# DeepSpeed's own Adams, and what each calls the choice of weight decay.
-DEEPSPEED_ADAM = {"DeepSpeedCPUAdam": "adamw_mode", "FusedAdam": "adam_w_mode"}
 
 
 def can_be_exact(shards: EngineShards, segment: Segment) -> bool:

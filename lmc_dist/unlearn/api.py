@@ -21,12 +21,11 @@ from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.trajectory.batches import BatchSource, DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import Correction, apply_correction, compute_correction
 from lmc_dist.unlearn.head import Length
 from lmc_dist.unlearn.request import make_request
-from lmc_dist.unlearn.results import write_results
+from lmc_dist.unlearn.results import library_result, write_results
 
 
 def run_lmcleaner_batch_unlearning(
@@ -147,26 +146,8 @@ def _run(
     module = ShardedModule(skeleton, log.layout, device, frozen=frozen)
     started = time.perf_counter()
     correction = compute_correction(log, module, batches, request, hvp, K, replay_head=replay_head)
-    result = {
-        "status": "done",
-        "rel_error": None,
-        "seconds_unlearn": time.perf_counter() - started,
-        "seconds_retrain": None,
-        "gradients_equivalent": correction.gradients_equivalent,
-        "v_norm": correction.v.norm(),
-        "n_units": len(correction.audit),
-        "world_size": log.layout.world_size,
-        "engine": log.manifest.engine,
-        "config": {
-            "K": K,
-            "hessian_mode": hvp.mode,
-            "damping": hvp.damping,
-            "counterfactual": request.kind,
-            "replay_head": replay_head,
-        },
-        "versions": package_versions(),
-        "log_fingerprint": log.fingerprint,
-    }
+    seconds = time.perf_counter() - started
+    result = library_result(log, correction, request, hvp, K, replay_head, seconds)
     if output_dir is not None:
         with promoted(Path(output_dir)) as part:
             write_results(part, log, module, theta + correction.v, correction, result, tokenizer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lmc_dist.evaluate.distance import mean_loss, relative_error
 from lmc_dist.logged_run import open_logged_run, starting_model
 from lmc_dist.runtime import Runtime, agreement, check_replaceable
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.tracking import Tracker, check_tracking
+from lmc_dist.tracking import Tracker, check_tracking, tracked
 from lmc_dist.training import read_request
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.record import StepRecord
@@ -71,6 +72,16 @@ class AskedRun:
 
     def check_log(self) -> None:
         """Checks what needs the log and the request. Local."""
+
+    @contextmanager
+    def tracked_by(self, tracker: Tracker | None) -> Iterator[None]:
+        """Tells a tracker of the block, or, where None is given, one of its own if the settings ask for it. Collective."""
+        with ExitStack() as stack:
+            if tracker is None:
+                with agreement():
+                    tracker = stack.enter_context(tracked(self.config, self.runtime.is_main))
+            self.tracker = tracker
+            yield
 
     @property
     def progress(self) -> str:

@@ -18,11 +18,11 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.kept import DESCRIPTION, curvature_folder, kept_names
 from lmc_dist.trajectory.passes import batch_digest
 from lmc_dist.trajectory.record import TIERS
-from lmc_dist.trajectory.replay import DEEPSPEED_ADAM
 from lmc_dist.trajectory.sealed import read_sealed
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import check_update_rule
 from lmc_dist.unlearn.request import check_request, shorten
+from lmc_dist.update_rules.settings import DEEPSPEED_ADAM
 
 Status = Literal["ok", "warning", "failed"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,24 @@ def check_retrained(run: AskedRun, log: TrajectoryLog) -> None:
                 f"reference {log.path} is not the retrain of this request: at step {record.step} it saw other samples, or "
                 "counted them otherwise; `lmc train` with the same forget options makes one"
             )
+
+
+def reference_of(
+    run: AskedRun, folder: Path, replayed: Callable[[], tuple[ShardedVector, float]]
+) -> tuple[ShardedVector | None, float | None]:
+    """(θ_retrain, its seconds) as configured, None where it is not known. Collective.
+
+    Args:
+        run: The run, whose reference `check_reference` has passed.
+        folder: For a retraining, where it is to be done here.
+        replayed: Makes the reference by exact replay, or has it.
+    """
+    name = run.config.reference
+    if name == "none":
+        return None, None
+    if name == "retrain":
+        return retrain(run, folder)
+    return replayed() if name == "replay" else retrained(run)
 
 
 def retrained(run: AskedRun) -> tuple[ShardedVector, float | None]:

@@ -7,14 +7,49 @@ from typing import Any
 
 import torch
 
+from lmc_dist.curvature import HVPConfig
 from lmc_dist.export import export_model
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import write_json
+from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import write_audit
 from lmc_dist.unlearn.correction import Correction
+
+
+def library_result(
+    log: TrajectoryLog,
+    correction: Correction,
+    request: Counterfactual,
+    hvp: HVPConfig,
+    K: int | None,
+    replay_head: int | str,
+    seconds: float,
+) -> dict[str, Any]:
+    """What result.json says of a correction that was asked for by a call, not by a configuration. Collective."""
+    return {
+        "status": "done",
+        "rel_error": None,
+        "seconds_unlearn": seconds,
+        "seconds_retrain": None,
+        "gradients_equivalent": correction.gradients_equivalent,
+        "v_norm": correction.v.norm(),
+        "n_units": len(correction.audit),
+        "world_size": log.layout.world_size,
+        "engine": log.manifest.engine,
+        "config": {
+            "K": K,
+            "hessian_mode": hvp.mode,
+            "damping": hvp.damping,
+            "counterfactual": request.kind,
+            "replay_head": replay_head,
+        },
+        "versions": package_versions(),
+        "log_fingerprint": log.fingerprint,
+    }
 
 
 def write_results(

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from lmc_dist.runtime import Runtime, agreement, promoted, remove_folder
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.tracking import Tracker, audit_summary, tracked
+from lmc_dist.tracking import Tracker, audit_summary
 from lmc_dist.trajectory.kept import KeptCurvature, load_curvature
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -29,7 +28,7 @@ from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_c
 from lmc_dist.unlearn.head import check_head
 from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.recombine import UNITS
-from lmc_dist.unlearn.reference import retrain, retrained
+from lmc_dist.unlearn.reference import reference_of
 from lmc_dist.unlearn.results import write_results
 from lmc_dist.unlearn.unit_run import check_units, correct, described, units_of
 from lmc_dist.unlearn.unit_sweeps import correct_units, work_digest
@@ -250,11 +249,7 @@ def unlearn(config: Config, runtime: Runtime, tracker: Tracker | None = None, en
         ends: Whether the table also has doing nothing and retraining.
     """
     run = UnlearningRun(config, runtime)
-    with ExitStack() as stack:
-        if tracker is None:
-            with agreement():
-                tracker = stack.enter_context(tracked(config, runtime.is_main))
-        run.tracker = tracker
+    with run.tracked_by(tracker):
         return _unlearn(run, ends)
 
 
@@ -272,15 +267,13 @@ def _unlearn(run: UnlearningRun, ends: bool) -> dict[str, Any]:
                 raise
             except LmcError as error:  # the same on all ranks; it must not cost the main result
                 logger.warning("%s is left out of the comparison: %s", other.label, error)
-        reference, retrain_seconds = None, None
-        if config.reference == "retrain":
-            reference, retrain_seconds = retrain(run, part / "reference")
-        elif config.reference == "replay":
+
+        def replayed() -> tuple[ShardedVector, float]:
             found = next((r for r in results if r.name == REPLAY), None)
-            replayed = found or run.compute(parse_method(REPLAY, 0.0), theta)
-            reference, retrain_seconds = replayed.correction.corrected(theta), replayed.seconds
-        elif config.reference != "none":
-            reference, retrain_seconds = retrained(run)
+            found = found or run.compute(parse_method(REPLAY, 0.0), theta)
+            return found.correction.corrected(theta), found.seconds
+
+        reference, retrain_seconds = reference_of(run, part / "reference", replayed)
         rows = table(run, theta, results, reference, retrain_seconds, ends)
         result = {
             "status": "done",

@@ -10,7 +10,6 @@ Units that go along the trajectory together form a pass (`units.passes_of`); gro
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agree, agreement, broadcast_object
 from lmc_dist.shards.layout import ShardLayout
@@ -213,7 +213,7 @@ def work_digest(problem: Problem, units: Sequence[Unit]) -> str:
         "K": problem.K,
         "tol": problem.tol,
     }
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return json_digest(identity)
 
 
 def _claim(folder: Path, problem: Problem, units: Sequence[Unit]) -> None:

@@ -9,8 +9,9 @@ from lmc_dist.errors import LmcError
 from lmc_dist.update_rules.rules import SGD, Adam, Rule
 
 _TORCH_ADAM = ("Adam", "AdamW")
-_DEEPSPEED_ADAM = ("FusedAdam", "DeepSpeedCPUAdam")
-KNOWN = ("SGD", *_TORCH_ADAM, *_DEEPSPEED_ADAM)
+# DeepSpeed's own Adams, and what the constructor of each calls the choice of weight decay.
+DEEPSPEED_ADAM = {"FusedAdam": "adam_w_mode", "DeepSpeedCPUAdam": "adamw_mode"}
+KNOWN = ("SGD", *_TORCH_ADAM, *DEEPSPEED_ADAM)
 
 
 def group_rules(optimizer: Mapping[str, Any]) -> list[Rule]:
