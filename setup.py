@@ -36,6 +36,11 @@ INSTALL_REQUIRES = [
     "setuptools",
 ]
 
+# signatures of `lmc audit`
+AUDIT = [
+    "cryptography>=41",
+]
+
 # `lmc report`: pictures; so does `lmc log inspect --plot`
 REPORT = [
     "matplotlib",
@@ -59,12 +64,14 @@ DOCS = [
 ]
 
 EXTRAS_REQUIRE = {
+    "audit": AUDIT,
     "evaluate": EVALUATE,
     "report": REPORT,
     "wandb": WANDB,
     "sweep": [*EVALUATE, *REPORT, *WANDB],
     "docs": DOCS,
     "dev": [
+        *AUDIT,
         *EVALUATE,
         *REPORT,
         *WANDB,
@@ -82,7 +89,8 @@ EXTRAS_REQUIRE = {
     ],
     # curvlinops-for-pytorch, which tests and benchmarks compare with, is not listed: it depends on torchvision (by way
     # of backpack-for-pytorch, which imports without it), and each torchvision requires one exact torch, so that a
-    # resolver would replace the torch that is installed. `make peers` installs it without its dependencies.
+    # resolver would replace the torch that is installed. `make peers` installs it without its dependencies, and
+    # dp-accounting, which asks for an attrs below 24.
     "bench": REPORT,
 }
 

@@ -154,16 +154,18 @@ def main() -> None:
     parser.add_argument("--output", default="runs/accuracy", help="where results and pictures go")
     parser.add_argument("--optimizers", nargs="*", choices=list(TRAININGS), default=list(TRAININGS))
     parser.add_argument("--seeds", type=int, default=5, help="trainings under each optimizer")
+    parser.add_argument("--first_seed", type=int, default=0, help="of them; cells of several machines add up in OUTPUT")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--quick", action="store_true", help=f"one seed of {QUICK_STEPS} steps, in OUTPUT/quick")
     parser.add_argument("--json", default=None, help="write the rows to this file")
     options = parser.parse_args()
     output = Path(options.output) / "quick" if options.quick else Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    steps, seeds = (QUICK_STEPS, 1) if options.quick else (STEPS, options.seeds)
+    steps, count = (QUICK_STEPS, 1) if options.quick else (STEPS, options.seeds)
+    seeds = range(options.first_seed, options.first_seed + count)
     where = (options.data, options.model, str(output))
     cells = [
-        Cell(name, seed, steps, *where, is_first=seed == 0) for seed in range(seeds) for name in options.optimizers
+        Cell(name, seed, steps, *where, is_first=seed == 0) for seed in seeds for name in options.optimizers
     ]
     results = run_cells(cells, options.jobs)
     done = [result for result in results if "failed" not in result]

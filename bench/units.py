@@ -8,8 +8,9 @@ Speed: a Llama-shaped model of about 0.5 M parameters, batches of 8 in two passe
 units and take turns; the median is reported. Where one rank works alone, the other one waits. A block is how many vectors
 go along the trajectory together and share a product.
 Sameness: 64 units of TOFU on a pretrained Llama of 260 thousand parameters, float32, plain SGD at a rate where the recursion
-is stable (at twice that rate η·λ_max was 2.1, which lengthens rounding errors too, to 1.4e-6), propagated to the end of the run: each unit against the first way's, ‖difference‖/‖v‖, and their sum against the joint correction. Without the data
-(--data, --model) the model and the data of the speed tables serve.
+is stable (at twice that rate η·λ_max was 2.1, which lengthens rounding errors too, to 1.4e-6), propagated to the end of the
+run: each unit against the first way's, ‖difference‖/‖v‖, and their sum against the joint correction. Without the data (--data,
+--model) the model and the data of the speed tables serve.
 """
 
 from __future__ import annotations

@@ -26,6 +26,10 @@ _PUBLIC = {
     "run_lmcleaner_sample_unlearning": "lmc_dist.unlearn.api",
     "LMCleanerBatchLevel": "lmc_dist.trainers.lmcleaner",
     "LMCleanerSampleLevel": "lmc_dist.trainers.lmcleaner",
+    "OnlineUnlearning": "lmc_dist.online.service",
+    "OnlineSettings": "lmc_dist.online.settings",
+    "unlearn_online": "lmc_dist.online.hf",
+    "Ledger": "lmc_dist.online.ledger",
     "LmcError": "lmc_dist.errors",
 }
 

@@ -113,6 +113,7 @@ class LogConfig:
         compression: `none`, or `zstd` of the tensors' shuffled bytes.
         buffer_mb: MiB of memory of each rank for steps that wait to be written; training waits when it is full.
         save_batch_data: Keep the tokens of every sample, once, so that unlearning needs no dataset.
+        keep_first: With a ring: keep the first snapshot, from which what has left the ring can still be replayed.
     """
 
     storage: Storage = "update"
@@ -123,6 +124,50 @@ class LogConfig:
     compression: Literal["none", "zstd"] = "none"
     buffer_mb: float = 512
     save_batch_data: bool = False
+    keep_first: bool = False
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Deletion requests that come while training runs (`lmc forget`, docs/online.md).
+
+    Attributes:
+        enabled: Whether training looks for them.
+        hessian_mode: Curvature of their corrections.
+        damping: λ.
+        replay_head: Steps replayed before the recursion takes over, `auto`, or `all`: exact replay on the live engine.
+        head_tolerance: `auto`: relative difference at which the two count as one.
+        fallback: What is done where a correction cannot be computed: `replay` from a snapshot, or `refuse`.
+        poll_every: Steps between looks at the ledger.
+        relearn_per_step: Companions of removed batches that each later batch takes up; 0 leaves them out.
+        signing_key: PEM file of the Ed25519 key that signs the audit (`lmc audit keygen`); null does not sign.
+    """
+
+    enabled: bool = False
+    hessian_mode: str = "GGN"
+    damping: float = 0.0
+    replay_head: int | Literal["auto", "all"] = 0
+    head_tolerance: float = 0.05
+    fallback: Literal["replay", "refuse"] = "replay"
+    poll_every: int = 1
+    relearn_per_step: int = 2
+    signing_key: str | None = None
+
+
+@dataclass(frozen=True)
+class RequestConfig:
+    """A deletion request to a run that trains (`lmc forget`).
+
+    Attributes:
+        ids: Sample ids `3,17,20-29`, or a .json/.jsonl file of ids.
+        batches: Batch ids of the log, which are taken back as a whole.
+        unit: `sample` forgets the samples; `batch` takes back the batches that held them, and what else was in them is
+            learned again later.
+    """
+
+    ids: str | None = None
+    batches: str | None = None
+    unit: Literal["sample", "batch"] = "sample"
 
 
 @dataclass(frozen=True)
@@ -194,6 +239,54 @@ class UnlearnConfig:
     store_units: bool = False
     undo: str | None = None
     add: str | None = None
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Noise on the corrected weights, and what may be said of them then (docs/privacy.md).
+
+    Attributes:
+        basis: What bounds ‖θ̂ − θ_retrain‖: `exact` (replay: it is 0), `controls` (the residuals of random control deletions),
+            `assumed` (constants that the user vouches for), or `heuristic` (nothing: noise without a claim); `off` adds none.
+        epsilon: ε that the noise is made for.
+        delta: δ of the noise; what a bound may fail with is added in the result.
+        sigma: Noise of this size instead, ε then follows from it; `heuristic` needs it.
+        controls: `controls`: control deletions, each replayed.
+        confidence: `controls`: coverage of the bound, 1 − α.
+        groups: `controls`: JSON file {name: [ids]} of users or other groups, of which the request is one; controls are
+            others of them. Null draws as many samples or batches as the request has.
+        bound: `assumed`: the bound itself.
+        smoothness: `assumed`, in place of `bound`, with the next four: no curvature is above it.
+        convexity: No curvature is below it.
+        lipschitz: Of the Hessian.
+        curvature_error: Of the curvature that is used, in the 2-norm.
+        source: Norm of the gradient that a step loses, at most.
+        subspace: Name of a curvature beside the log (`lmc log curvature`) whose eigenvectors shape the noise; null is
+            isotropic.
+        outside: Standard deviation outside that subspace, in those inside.
+        seed_file: File of 64 hexadecimal digits that nobody else knows; null draws a seed and forgets it.
+        draws: Pairs of noise draws behind the predicted loss.
+        max_loss_change: Largest predicted change of the loss on retained samples; above it the run ends without noise.
+    """
+
+    basis: Literal["off", "exact", "controls", "assumed", "heuristic"] = "off"
+    epsilon: float = 1.0
+    delta: float = 1e-5
+    sigma: float | None = None
+    controls: int = 19
+    confidence: float = 0.9
+    groups: str | None = None
+    bound: float | None = None
+    smoothness: float | None = None
+    convexity: float | None = None
+    lipschitz: float | None = None
+    curvature_error: float | None = None
+    source: float | None = None
+    subspace: str | None = None
+    outside: float = 1.0
+    seed_file: str | None = None
+    draws: int = 4
+    max_loss_change: float | None = None
 
 
 @dataclass(frozen=True)
@@ -485,6 +578,28 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """What a run leaves in its audit chain, and what `lmc audit` checks of it (docs/audit.md).
+
+    Attributes:
+        signing_key: PEM file of an Ed25519 private key (`lmc audit keygen`) that signs every record; null signs none.
+        public_key: `lmc audit verify`: PEM file of the public key that every record must be signed by.
+        salt: File of the secret that ids are hashed with, made where there is none; null is OUTPUT/audit/salt.key.
+        keep_marks: Keep the marks of a joint run (unlearn.mark_every) in the output, a copy of its vectors each, so that
+            `lmc audit verify` repeats steps from the nearest mark, not from the first source on.
+        seed: `lmc audit verify`: picks the step that is repeated; null draws one.
+        known: `lmc audit verify`: digest of a record that was seen before and must still be there.
+    """
+
+    signing_key: str | None = None
+    public_key: str | None = None
+    salt: str | None = None
+    keep_marks: bool = False
+    seed: int | None = None
+    known: str | None = None
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
     """What `lmc slurm render` fills in.
 
@@ -570,8 +685,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    request: RequestConfig = field(default_factory=RequestConfig)
     forget: ForgetConfig = field(default_factory=ForgetConfig)
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -582,6 +700,7 @@ class Config:
     plan_unlearn: PlanUnlearnConfig = field(default_factory=PlanUnlearnConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

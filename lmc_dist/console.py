@@ -121,6 +121,8 @@ def unlearning_table(result: dict[str, Any]) -> str:
             f"{row['label']:<30}{error:>16}{number(row['loss_forget']):>20}{number(row['loss_retain']):>19}"
             f"{row['gradients']:>23.1f}{seconds:>10}"
         )
+    if result.get("privacy") is not None:
+        lines.append(result["privacy"]["statement"])
     return "\n".join(lines)
 
 

@@ -20,7 +20,6 @@ import torch
 
 from lmc_dist.config import Config, ModelConfig, TrainConfig
 from lmc_dist.data import (
-    IGNORED,
     SampleDataset,
     collate,
     epoch_order,
@@ -32,11 +31,14 @@ from lmc_dist.data import (
 )
 from lmc_dist.errors import LmcError, first_line
 from lmc_dist.export import export_model
+from lmc_dist.online.service import OnlineUnlearning
+from lmc_dist.online.settings import OnlineSettings
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine as build_any_engine
 from lmc_dist.shards.frozen import read_frozen
 from lmc_dist.stopping import stop_asked, stopped
+from lmc_dist.trajectory.batches import DatasetBatches, blank_rows
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import MANIFEST_FILE, write_json
 from lmc_dist.trajectory.lock import require_free
@@ -240,6 +242,7 @@ class Trainer:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
+        self.online: OnlineUnlearning | None = None
         with agreement():
             check_train_config(config)
             check_targets(config)
@@ -275,6 +278,7 @@ class Trainer:
             loss_normalization="given" if self.request and self.request.kind == "zero" else "global_token_mean",
             run={"config": asdict(config), **self._engine_settings(), "threads": torch.get_num_threads()},
             max_grad_norm=train.max_grad_norm,
+            keep_first=config.log.keep_first,
         )
 
     def _engine_settings(self) -> dict[str, Any]:
@@ -284,7 +288,7 @@ class Trainer:
 
     def _kept(self, ids: list[int]) -> list[int]:
         forgotten = self.request.sample_ids if self.request else frozenset()
-        return [i for i in ids if i not in forgotten]
+        return [i for i in ids if i not in forgotten and not (self.online and self.online.is_forgotten(i))]
 
     def run(self) -> dict[str, Any]:
         """Trains to the end; returns a summary, equal on all ranks."""
@@ -294,6 +298,10 @@ class Trainer:
         if not self.config.resume:
             remove_folder(Path(self.config.log_dir))  # an earlier run's, now that all else is known to be well
         self.logger.attach(self.engine)
+        if self.config.online.enabled:
+            batches = DatasetBatches(self.dataset, self.runtime.device)
+            settings = OnlineSettings(**{k: v for k, v in asdict(self.config.online).items() if k != "enabled"})
+            self.online = OnlineUnlearning(self.logger, batches, settings, self.dataset.ids)
         started, losses = time.perf_counter(), []
         first = self.logger.step
         if first and self.runtime.is_main:
@@ -330,6 +338,7 @@ class Trainer:
             "seconds": seconds,
             "world_size": self.runtime.world_size,
             "log_dir": str(self.config.log_dir),
+            "online": None if self.online is None else self.online.summary(),
         }
 
     def _stop_if_asked(self, done: int) -> None:
@@ -344,6 +353,9 @@ class Trainer:
     def _step(self, step: int, ids: list[int]) -> float | None:
         """One optimizer step; returns the loss of the global batch, None for a step that does not happen."""
         kind = self.request.kind if self.request else None
+        if self.online is not None:
+            ids = ids + [i for i in self.online.relearned(step) if i not in ids]
+            kind = "renormalize" if self.online.empties(ids) else kind
         counted = self._kept(ids) if kind == "renormalize" else ids
         num_items = sum(self.dataset.num_targets(i) for i in counted)
         if num_items == 0 or (self.request is not None and step in self.request.batch_ids):
@@ -362,13 +374,10 @@ class Trainer:
         return float(total)
 
     def _inputs(self, ids: list[int], used: list[int]) -> dict[str, torch.Tensor]:
-        """A pass over `ids`, of which only `used` have targets and are logged."""
+        """A pass over `ids`, of which only `used` reach the model and are logged; the others leave empty rows."""
         batch = collate(self.dataset.by_id(ids), self.dataset.pad_token_id)
         remaining = set(used)
-        for row, i in enumerate(ids):
-            if i not in remaining:
-                batch["labels"][row] = IGNORED
-        batch["index"] = torch.tensor(used, dtype=torch.long)
+        batch = blank_rows(batch, [row for row, i in enumerate(ids) if i not in remaining])
         return {key: value.to(self.runtime.device) for key, value in batch.items()}
 
 

@@ -159,6 +159,9 @@ COVERED = {
     "lmc report": "test_make_demo",
     "lmc slurm": "test_make_demo",
     "lmc doctor": "test_make_demo",
+    "lmc forget": "test_make_demo",
+    "lmc ledger": "test_make_demo",
+    "lmc audit": "test_make_demo",
 }
 
 

@@ -23,7 +23,7 @@ from lmc_dist.errors import LmcError
 
 BIN = Path(sys.executable).parent
 PAGES = sorted((REPO / "docs").glob("*.md"))
-RUN_IN_ORDER = ("quickstart.md", "choosing.md", "cluster.md", "tutorial.md")
+RUN_IN_ORDER = ("quickstart.md", "choosing.md", "cluster.md", "tutorial.md", "privacy.md", "online.md")
 # A block that no test runs says why, in a comment before it.
 BLOCK = re.compile(r"(?:<!-- not executed(?: here)?: (?P<why>[^>]+?) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
 

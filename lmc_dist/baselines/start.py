@@ -8,6 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lmc_dist.audit.hidden import is_hidden
+from lmc_dist.audit.request import is_of_request
 from lmc_dist.config import ForgetConfig
 from lmc_dist.errors import LmcError, first_line
 from lmc_dist.evaluate.model_folder import check_shapes, find_model
@@ -62,14 +64,21 @@ def read_start(run: AskedRun, folder: Path, theta: ShardedVector) -> Start:
     result: dict[str, Any] = read_json(folder / "result.json")
     if result.get("log_fingerprint") != run.log.fingerprint:
         raise LmcError(f"baseline.start {folder} is a run on another log than {run.log.path}: give its own (--log_dir)")
-    forget = ForgetConfig(**result["config"]["forget"])
-    if read_request(replace(run.config, forget=forget), run.dataset) != run.request:
+    if not _is_same_request(run, result, folder):
         raise LmcError(
             f"baseline.start {folder} forgot something else than is asked for here: give the same --forget option"
         )
     rows = result.get("rows", [])
     label = next((row["label"] for row in rows if row["seconds"] == result["seconds_unlearn"]), f"the run in {folder}")
     return Start(weights, label, str(folder), result["gradients_equivalent"], result["seconds_unlearn"])
+
+
+def _is_same_request(run: AskedRun, result: dict[str, Any], folder: Path) -> bool:
+    """Whether a finished run forgot what is asked for here; a run of `lmc unlearn` names digests, a baseline the ids."""
+    forget = result["config"]["forget"]
+    if is_hidden(forget):
+        return is_of_request(result, folder, run.asked_for)
+    return read_request(replace(run.config, forget=ForgetConfig(**forget)), run.dataset) == run.asked_for
 
 
 def _read(folder: Path, layout: ShardLayout) -> ShardedVector:

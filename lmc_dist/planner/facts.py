@@ -170,6 +170,8 @@ class LogFacts:
         is_coarse: Whether the path's gradients are of less than float32: a replayed head and `secant` then take another one.
         no_sweep: Why its steps cannot be propagated along; None where they can.
         no_replay: Why it cannot be replayed.
+        is_clipped: Whether any step was, so that the tangent of a step is that of clipping as well.
+        bucket_bytes: What the engine sets aside to reduce gradients in, whatever the model's size.
     """
 
     model: ModelFacts
@@ -185,6 +187,8 @@ class LogFacts:
     is_coarse: bool = False
     no_sweep: str | None = None
     no_replay: str | None = None
+    is_clipped: bool = True
+    bucket_bytes: int = 0
 
     @property
     def num_steps(self) -> int:

@@ -16,7 +16,9 @@ from lmc_dist.planner.facts import LogFacts, ModelFacts, Pass, Passes
 from lmc_dist.update_rules.sharded import CHUNK
 
 AHEAD = 2  # vectors that reading ahead keeps, see trajectory/prefetch.py
-RULE = 6  # chunks of a vector that the update rule's tangent makes on the way, a kind of state more the same again
+# Chunks of a vector that the update rule's tangent makes on the way: of a clipped step, a kind of state more the same again;
+# and of plain SGD's whose gradient enters as it is.
+RULE, PLAIN_RULE = 6, 3
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def sweep_peak(
     if has_head:
         work = max(work, product_bytes(model, "secant", 1, passes, world_size))
     is_met = num_sources > 1  # by deviations under way
-    rule = RULE * (1 + k) * min(own, CHUNK * model.itemsize)
+    chunks = RULE * (1 + k) if k or log.is_clipped else PLAIN_RULE
+    rule = chunks * min(own, CHUNK * model.itemsize)
     peak = Peak.of(standing + deviations + is_met * own, m * (2 + k) * own + rule, work)
     if num_sources:
         peak = peak.or_larger(Peak.of(standing + is_met * deviations, (2 + k) * own + rule, gradient))
@@ -193,7 +196,8 @@ _ENGINES: dict[str, tuple[int, int, bool]] = {
 
 
 def replay_peak(log: LogFacts, passes: Sequence[Pass], world_size: int) -> Peak:
-    """Peak of the engine that replays: parameters, gradients, state, and the graphs of all blocks of one pass.
+    """Peak of the engine that replays: parameters, gradients, state, the graphs of all blocks of one pass, and DeepSpeed's
+    bucket of gradients, which is 2 GB by default however small the model is.
 
     The model is made whole in every rank's host memory before the engine takes it.
     """
@@ -206,7 +210,8 @@ def replay_peak(log: LogFacts, passes: Sequence[Pass], world_size: int) -> Peak:
     logits = 3 * max((p.tokens for p in passes), default=0) * model.vocabulary
     read = (2 + k) * own  # θ for checksums, and the snapshot that it starts from
     size = model.itemsize
-    return Peak.of(size * read, size * everything, size * (vectors + gathered + graphs + logits))
+    work = size * (vectors + gathered + graphs + logits) + log.bucket_bytes
+    return Peak.of(size * read, size * everything, work)
 
 
 def largest_step(log: LogFacts, world_size: int) -> Passes:

@@ -15,12 +15,15 @@ from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.contents import folder_bytes
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedMicro, edit_step
 from lmc_dist.trajectory.files import step_folder
+from lmc_dist.trajectory.record import Segment
 from lmc_dist.trajectory.snapshots import snapshot_folder
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import check_update_rule
 from lmc_dist.unlearn.path import TrainingPath, logs_gradients
 
 _PADDING = 8  # tokens that lengths are rounded up to, see data.collate
+REDUCE_BUCKET = 500_000_000  # elements, DeepSpeed's default
+ZERO = ("deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3")
 
 
 def log_facts(log: TrajectoryLog, model: ModelFacts, dataset: SampleDataset, first: int) -> LogFacts:
@@ -69,7 +72,21 @@ def log_facts(log: TrajectoryLog, model: ModelFacts, dataset: SampleDataset, fir
         is_coarse,
         no_sweep,
         no_replay,
+        any(record.clip_coef < 1 for record in log.records()),
+        bucket_bytes(manifest.segment(log.num_steps - 1)),
     )
+
+
+def bucket_bytes(segment: Segment) -> int:
+    """What DeepSpeed's engine of a segment sets aside for the gradients that it reduces together. Pure."""
+    settings = segment.run.get("deepspeed")
+    if not isinstance(settings, dict):
+        return 0
+    zero = settings.get("zero_optimization", {})
+    if not zero.get("stage", 0) or not zero.get("contiguous_gradients", True):
+        return 0
+    is_half = any(settings.get(key, {}).get("enabled") for key in ("bf16", "bfloat16", "fp16"))
+    return int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * (2 if is_half else 4)
 
 
 def request_facts(
@@ -152,6 +169,7 @@ def imagined(
         state,
         step_bytes=model.numel * update_itemsize,
         snapshot_bytes=model.numel * model.itemsize * (1 + len(state)),
+        bucket_bytes=REDUCE_BUCKET * model.itemsize if engine in ZERO else 0,
     )
     by_step: dict[int, list[int]] = {}
     for i in range(forgotten):

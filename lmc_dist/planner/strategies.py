@@ -145,7 +145,10 @@ def _joint(
     most = max((m for _, _, m in counts(spans, log.num_steps)), default=1)
     passes = largest_step(log, machine.world_size)
     sources, is_cut = walk.request.num_sources, K is not None
-    peak = sweep_peak(log, mode, most, passes, machine.world_size, options, sources, is_cut, head > 0)
+    is_propagated = head < log.num_steps - walk.request.first
+    peak = sweep_peak(
+        log, mode if is_propagated else "none", most, passes, machine.world_size, options, sources, is_cut, head > 0
+    )
     settings: dict[str, Any] = {"hessian_mode": mode}
     settings |= ({"replay_head": head} if head else {}) | ({"K": K} if K is not None else {})
     name = strategy_name(mode, head, K)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmc_dist.audit.hidden import is_hidden
 from lmc_dist.errors import LmcError
 from lmc_dist.trajectory.files import read_json
 
@@ -35,6 +36,7 @@ _PLACES = (
     "resume",
     "report",
     "evaluate",
+    "audit",
 )
 
 
@@ -232,11 +234,13 @@ def at(tree: Any, *keys: str) -> Any:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs with equal settings together, in the order they were given. Local.
 
-    Two logs of the same seeds differ in something that the results do not say, so their runs are not put together.
+    Two logs of the same seeds differ in something that the results do not say, so their runs are not put together. Requests
+    are compared by their digests where all runs have the same salt, else by what is said of them in words.
     """
     found: dict[str, list[Run]] = {}
+    is_one_salt = len({run.at("request", "salt") for run in runs}) == 1
     for run in runs:
-        found.setdefault(_key(run), []).append(run)
+        found.setdefault(_key(run, is_one_salt), []).append(run)
     groups = []
     for members in found.values():
         logs = {run.seeds: run.at("log_fingerprint") for run in members}
@@ -245,7 +249,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _key(run: Run) -> str:
+def _key(run: Run, is_one_salt: bool) -> str:
     """What the runs of a group have in common, as text."""
     config = run.at("config")
     if not isinstance(config, dict):
@@ -254,5 +258,8 @@ def _key(run: Run) -> str:
     for section, name in _SEEDS:
         if isinstance(settings.get(section), dict):
             settings[section] = {key: value for key, value in settings[section].items() if key != name}
+    forget = settings.get("forget")
+    if isinstance(forget, dict) and is_hidden(forget) and not is_one_salt:
+        settings["forget"] = [at(run.at("request"), key) for key in ("what", "samples", "counterfactual")]
     common = [settings, *(run.at(key) for key in ("world_size", "engine")), at(run.at("units"), "undone")]
     return json.dumps(common, sort_keys=True)

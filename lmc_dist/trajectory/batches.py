@@ -8,8 +8,10 @@ from typing import Protocol
 import torch
 
 from lmc_dist.data import SampleDataset, collate
+from lmc_dist.errors import LmcError
 
 IGNORED = -100
+BLANK = -1  # `index` of a row without a sample
 
 
 class BatchSource(Protocol):
@@ -53,3 +55,44 @@ def mask_samples(labels: torch.Tensor, kept: Sequence[bool]) -> torch.Tensor:
     """Labels (B, T) with all targets of the samples that are not kept turned off."""
     keep = torch.tensor(kept, device=labels.device)[:, None]
     return torch.where(keep, labels, torch.full_like(labels, IGNORED))
+
+
+def blank_rows(batch: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """A batch (B, T) whose `rows` hold no sample any more: no token of theirs, no target, BLANK as `index`.
+
+    All shapes stay, so that the other rows are computed to the same bit; what is in an empty row enters nothing.
+    """
+    if not rows:
+        return batch
+    places = torch.tensor(rows, device=batch["labels"].device)
+    found = {name: tensor.clone() for name, tensor in batch.items()}
+    found["input_ids"][places] = 0
+    found["attention_mask"][places] = 0
+    found["attention_mask"][places, 0] = 1  # attention over nothing at all would be NaN
+    found["labels"][places] = IGNORED
+    if "index" in found:
+        found["index"][places] = BLANK
+    return found
+
+
+def with_blanks(
+    inputs: dict[str, torch.Tensor], labels: torch.Tensor, blanks: Sequence[int], width: int | None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The batch of a pass as the model saw it: samples' rows with empty ones at `blanks`, padded to `width` tokens."""
+    if not blanks:
+        return inputs, labels
+    assert width is not None
+    rows = len(labels) + len(blanks)
+    if labels.shape[1] > width:
+        raise LmcError(f"a pass was {width} tokens wide, its samples have {labels.shape[1]}: is it the same dataset?")
+    kept = torch.tensor([row for row in range(rows) if row not in blanks], device=labels.device)
+
+    def placed(tensor: torch.Tensor, fill: int) -> torch.Tensor:
+        whole = torch.full((rows, width), fill, dtype=tensor.dtype, device=tensor.device)
+        whole[kept, : tensor.shape[1]] = tensor
+        return whole
+
+    batch = {name: placed(tensor, 0) for name, tensor in inputs.items()} | {"labels": placed(labels, IGNORED)}
+    batch = blank_rows(batch, blanks)
+    labels = batch.pop("labels")
+    return batch, labels

@@ -14,6 +14,7 @@ from typing import Any
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.layout import PartitionRule
 from lmc_dist.trajectory.database import open_database
+from lmc_dist.trajectory.edits import EDIT_FILE, LogEdit, read_edits
 from lmc_dist.trajectory.files import MANIFEST_FILE, step_folder
 from lmc_dist.trajectory.lock import LOCK_FILE, STALE_SECONDS, heartbeat_age, is_dead, read_holder
 from lmc_dist.trajectory.manifest import read_manifest
@@ -76,6 +77,7 @@ class LogContents:
         digests: Step → digests of its files by kind and rank, of the same rows.
         num_steps: One past the last row.
         snapshots: N of all snapshots that were finished.
+        edits: Corrections made in mid-training, by step.
         problems: What was found damaged on the way.
     """
 
@@ -85,6 +87,7 @@ class LogContents:
     digests: dict[int, Digests] = field(default_factory=dict)
     num_steps: int = 0
     snapshots: list[int] = field(default_factory=list)
+    edits: dict[int, LogEdit] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def rule(self, step: int) -> PartitionRule:
@@ -155,6 +158,11 @@ def read_contents(log_dir: str | Path) -> LogContents:
         if step not in found.records and step not in damaged:
             found.problems.append(Problem(f"{TABLE_FILE} has no row of it", step=step, file=TABLE_FILE))
     found.snapshots = [step for step in snapshot_steps(path) if step <= found.num_steps]
+    for step in found.snapshots:
+        try:
+            found.edits |= read_edits(path, [step])
+        except LmcError as error:
+            found.problems.append(Problem(str(error), snapshot=step, file=EDIT_FILE))
     return found
 
 

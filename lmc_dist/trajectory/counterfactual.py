@@ -50,7 +50,8 @@ class Counterfactual:
     """The edit of every step that a request stands for.
 
     Attributes:
-        kind: `skip` forgets `batch_ids` as whole steps; `zero` and `renormalize` forget `sample_ids`.
+        kind: `skip` forgets `batch_ids` as whole steps; `zero` and `renormalize` forget `sample_ids`, and beside them
+            `batch_ids` where several requests are taken together.
         sample_ids: Forgotten samples, wherever they occur.
         batch_ids: Forgotten batches.
     """
@@ -64,7 +65,7 @@ class Counterfactual:
             raise LmcError(
                 "counterfactual 'skip' forgets whole batches: give batch ids, or use 'renormalize' or 'zero'"
             )
-        if self.kind in ("zero", "renormalize") and (self.batch_ids or not self.sample_ids):
+        if self.kind in ("zero", "renormalize") and not self.sample_ids:
             raise LmcError(f"counterfactual '{self.kind}' forgets samples: give sample ids, or use 'skip' for batches")
         if self.kind not in ("skip", "zero", "renormalize"):
             raise LmcError(f"unknown counterfactual '{self.kind}'; available: skip, zero, renormalize")

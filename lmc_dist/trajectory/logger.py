@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +28,9 @@ from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import get_rng_state
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.batches import BLANK
 from lmc_dist.trajectory.codec import COMPRESSIONS
+from lmc_dist.trajectory.edits import LogEdit
 from lmc_dist.trajectory.passes import (
     BATCH_INPUTS,
     Pass,
@@ -86,6 +90,7 @@ class TrainingLogger:
         autocast: What a torch training loop computes in by `torch.autocast`, `bfloat16` or `float16`; None is nothing,
             checked at every step. Where accelerate does it, it is found.
         run: Free-form JSON about the run, such as its configuration.
+        keep_first: With a ring: keep the first snapshot, from which what has left the ring can still be replayed.
 
     Raises:
         LmcError: Unknown tier or values out of range.
@@ -108,6 +113,7 @@ class TrainingLogger:
         run: dict[str, Any] | None = None,
         max_grad_norm: float | None = None,
         autocast: str | None = None,
+        keep_first: bool = False,
     ) -> None:
         choices = {
             "log storage": (mode, tuple(TIERS)),
@@ -133,6 +139,8 @@ class TrainingLogger:
         for name, number in (("max_steps", max_steps), ("save_interval", save_interval)):
             if number is not None and number < 1:
                 raise LmcError(f"{name} must be at least 1 or null, got {number}")
+        if keep_first and max_steps is None:
+            raise LmcError("keep_first has no effect without a ring (max_steps): leave it out")
         if max_steps is not None and save_interval is None:
             raise LmcError("a ring (max_steps) needs save_interval: what is left must start at a snapshot")
         self.log_dir = Path(log_dir)
@@ -141,11 +149,13 @@ class TrainingLogger:
         self.update_dtype, self.gradient_dtype, self.compression = update_dtype, gradient_dtype, compression
         self.dataset_fingerprint, self.run = dataset_fingerprint, run or {}
         self.loss_normalization = loss_normalization
-        self.max_grad_norm, self.autocast = max_grad_norm, autocast
+        self.max_grad_norm, self.autocast, self.keep_first = max_grad_norm, autocast, keep_first
         self.epoch = 0.0
         self.step = 0
         self._attached: _Attached | None = None
         self._automatic = True
+        self.boundaries: list[Callable[[int], None]] = []  # called with the next step, once a step is recorded
+        self._is_paused = False
         self._sent: set[tuple[int, int]] = set()  # samples whose tokens are with rank 0 already
 
     def attach(self, model: Any, optimizer: Any = None, automatic: bool = True, scaler: Any = None) -> None:
@@ -186,7 +196,7 @@ class TrainingLogger:
                 f"{error}: set them by shards = engine_shards(model, optimizer); shards.write(shards.read()) before training"
             ) from None
         start = before if resumed is None else relayout(resumed.followed, shards.layout)
-        writer = LogWriter(self.log_dir, manifest, shards.layout, int(self.buffer_mb * 2**20), start, resumed)
+        writer = LogWriter(self.log_dir, manifest, shards.layout, int(self.buffer_mb * 2**20), start, resumed, self.keep_first)
         attached = _Attached(shards, writer, before)
         self._attached, self._automatic = attached, automatic
         self._snapshot(attached, self.step)
@@ -200,6 +210,11 @@ class TrainingLogger:
                 lambda: self._before_step(attached, keeps_gradient), lambda: self._after_step(attached), keeps_gradient
             ),
         ]
+
+    @property
+    def shards(self) -> EngineShards:
+        """Of the attached engine."""
+        return self._require_attached().shards
 
     def _manifest(self, shards: EngineShards) -> TrajectoryManifest:
         module, dtype = shards.module, str(shards.master_dtype).removeprefix("torch.")
@@ -249,21 +264,24 @@ class TrainingLogger:
                     "(with the HF Trainer also remove_unused_columns=False, or it is dropped)"
                 )
             labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+            ids = [] if index is None else index.tolist()
             self._attached.passes.append(
                 Pass(
-                    sample_ids=[] if index is None else [int(i) for i in index],
+                    sample_ids=[i for i in ids if i != BLANK],
                     num_targets=0 if labels is None else int((labels[:, 1:] != IGNORED).sum()),
                     num_items=None if items is None else float(items),
                     random_state=get_rng_state(self._device(kwargs)),
                     inputs={name: kwargs[name] for name in BATCH_INPUTS if torch.is_tensor(kwargs.get(name))},
                     is_local=self._attached.shards.is_local_pass(),
+                    blanks=tuple(row for row, i in enumerate(ids) if i == BLANK),
                 )
             )
         return args, kwargs
 
     def _is_watching(self, module: Any) -> bool:
         """Whether the pass that runs is training's. Local."""
-        return self._attached is not None and module.training and torch.is_grad_enabled() and not is_measuring()
+        is_training = module.training and torch.is_grad_enabled() and not is_measuring()
+        return self._attached is not None and is_training and not self._is_paused
 
     def _inside_forward(self, leaf: Any, args: tuple[Any, ...]) -> None:
         """In the first of the model's parts, where an autocast of the model's own forward is on as well."""
@@ -289,13 +307,15 @@ class TrainingLogger:
                 loss.register_hook(lambda seed: setattr(last, "seed", seed.detach()))
 
     def _before_step(self, attached: _Attached, keeps_gradient: bool) -> None:
+        if self._is_paused:
+            return
         attached.lrs = rates(attached.shards)
         attached.loss_scale = attached.shards.loss_scale
         if keeps_gradient:
             attached.gradient = attached.shards.step_gradient()
 
     def _after_step(self, attached: _Attached) -> None:
-        if self._automatic:
+        if self._automatic and not self._is_paused:
             self._register(attached, self.step, attached.lrs, None, attached.shards.applied)
 
     def skip_step(self) -> None:
@@ -415,7 +435,8 @@ class TrainingLogger:
         for seen in passes:
             if not seen.sample_ids:  # a filler
                 continue
-            samples = batch_samples(seen.inputs)
+            rows = batch_samples(seen.inputs)
+            samples = [sample for row, sample in enumerate(rows) if row not in seen.blanks]
             if len(samples) != len(seen.sample_ids):
                 raise LmcError("save_batch_data needs the id of every sample in the batch")
             for sample_id, sample in zip(seen.sample_ids, samples, strict=True):
@@ -427,6 +448,8 @@ class TrainingLogger:
 
     def _finish_step(self, attached: _Attached, step: int) -> None:
         self.step = step + 1
+        for boundary in self.boundaries:
+            boundary(self.step)
         if self.save_interval is not None and self.step % self.save_interval == 0:
             self._snapshot(attached, self.step)
 
@@ -451,6 +474,34 @@ class TrainingLogger:
     def _snapshot(self, attached: _Attached, step: int) -> None:
         state, scalars = attached.shards.read_state()
         attached.writer.snapshot(step, {"theta": attached.before, **state}, scalars)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it what the engine does is not training: nothing of it is recorded. Local."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def flush(self) -> None:
+        """Waits until every step so far can be read from the log. Collective."""
+        self._require_attached().writer.finish()
+
+    def edit(self, edit: LogEdit) -> None:
+        """Records that the engine's weights and optimizer state have been corrected since the last step. Collective.
+
+        To be called from a boundary, before the step's snapshot is taken; returns when it is on disk.
+
+        Raises:
+            LmcError: Not attached, another step than the present one, or the step has a snapshot already.
+        """
+        attached = self._require_attached()
+        if edit.step != self.step:
+            raise LmcError(f"the edit is of step {edit.step}, the run is at step {self.step}")
+        attached.before = attached.shards.read()
+        state, scalars = attached.shards.read_state()
+        attached.writer.edit(self.step, {"theta": attached.before, **state}, scalars, edit.to_json())
 
     def _require_attached(self) -> _Attached:
         if self._attached is None:

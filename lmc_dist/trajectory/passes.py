@@ -35,6 +35,7 @@ class Pass:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     is_local: bool = False
     autocast: torch.dtype | None = None
+    blanks: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int | None:
@@ -52,6 +53,8 @@ class Pass:
             # a pass whose ids are not those of its rows (a filler, a masked reference) cannot be regenerated from ids
             "digest": batch_digest(self.inputs) if self.num_rows == len(self.sample_ids) else None,
             "local": self.is_local,
+            "blanks": self.blanks,
+            "width": self.inputs["input_ids"].shape[1] if self.blanks else None,
         }
 
 
@@ -189,7 +192,7 @@ def merge_passes(
         # The engine averages over ranks, so a sum over them needs a loss multiplied by their number.
         check_seeds(passes, len(ranks) if normalization == "global_token_mean" else 1 / micro_steps)
     records = tuple(
-        MicroRecord(r, m, tuple(p["ids"]), d, p["state"], p["digest"], p["local"])
+        MicroRecord(r, m, tuple(p["ids"]), d, p["state"], p["digest"], p["local"], p["blanks"], p["width"])
         for (r, m, p), d in zip(passes, denominators, strict=True)
     )
     losses = [p["loss"] for _, _, p in passes]

@@ -75,7 +75,7 @@ def plan_prune(
         log: The log.
         before: Tensors and snapshots before this step go, but for the snapshot from which it can be reached.
         to_tier: Vectors that this tier does not keep go; of `full` the updates are made from its θ.
-        snapshots_every: Of the snapshots the first, the last and those at multiples of this stay.
+        snapshots_every: Of the snapshots the first, the last, those at multiples of this and those of edits stay.
         batch_data: The samples' tokens go.
 
     Raises:
@@ -98,7 +98,7 @@ def plan_prune(
     gone = [n for n in log.snapshots if n < first_kept]
     if snapshots_every is not None:
         kept = [n for n in log.snapshots if n >= first_kept]
-        gone += [n for n in kept[1:-1] if n % snapshots_every]
+        gone += [n for n in kept[1:-1] if n % snapshots_every and n not in log.edits]
     converts = tier == "update" and log.manifest.storage == "full"
     dropped = [
         (step, kind)

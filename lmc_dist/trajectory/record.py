@@ -6,14 +6,17 @@ Step s takes θ_s to θ_{s+1} = θ_s + u_s; steps are counted from 0 over the wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
+
+if TYPE_CHECKING:
+    from lmc_dist.trajectory.edits import LogEdit
 
 # Per-element state by kind, and scalars.
 OptimizerState = tuple[dict[str, ShardedVector], dict[str, float]]
@@ -46,6 +49,8 @@ class MicroRecord:
         digest: Of the tensors the model saw (`passes.batch_digest`); None where the pass is not data's own.
         is_local: Whether its gradient stayed on the rank until a later pass reduced it (`no_sync`), as far as the engine
             leaves that to the training loop.
+        blanks: Rows of the pass that held no sample, where forgotten ones would have been.
+        width: Tokens of a row, padding included; known where there are blanks, whose samples may have been the longest.
     """
 
     rank: int
@@ -55,6 +60,8 @@ class MicroRecord:
     random_state: bytes | None = None
     digest: str | None = None
     is_local: bool = False
+    blanks: tuple[int, ...] = ()
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,7 @@ class Trajectory(Protocol):
 
     layout: ShardLayout
     manifest: TrajectoryManifest
+    edits: Mapping[int, LogEdit]
 
     @property
     def first_step(self) -> int:
@@ -225,6 +233,7 @@ class StepLog:
             raise LmcError(f"max_steps must be at least 1, got {max_steps}")
         self.manifest = manifest
         self.layout = theta.layout
+        self.edits: dict[int, LogEdit] = {}
         self.max_steps = max_steps
         self._first = first_step
         self._start = first_step

@@ -22,8 +22,9 @@ from lmc_dist.shards.engines.driven import NUMERIC
 from lmc_dist.shards.module import set_rng_state
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BatchSource, mask_samples
+from lmc_dist.trajectory.batches import BatchSource, mask_samples, with_blanks
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
+from lmc_dist.trajectory.edits import with_open_edits
 from lmc_dist.trajectory.reader import FLOATS
 from lmc_dist.trajectory.record import Segment, TrajectoryManifest
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -62,23 +63,23 @@ def replay(
         engine: An engine of the logged model with the same optimizer (`replay_engine`); its state is overwritten.
         log: The logged run.
         batches: Samples by id.
-        counterfactual: What to leave out; None repeats the whole run as it was.
+        counterfactual: What to leave out, and with it what earlier corrections of the run took out that it reaches past; None
+            repeats the whole run as it was, its corrections included.
         progress: Called with each step done.
 
     Raises:
         LmcError: Snapshot missing, or, on the logged engine and world size, a step that does not reproduce its checksum.
     """
     shards = engine_shards(engine)
-    first = 0
+    first, passed = 0, {}
     if counterfactual is not None:
+        counterfactual, passed = with_open_edits(counterfactual, log.edits, log.records())
         first = next((r.step for r in log.records() if counterfactual.touches(r)), log.num_steps)
     log.require(first, updates=False)
     start = log.nearest_snapshot(first)
-    if start == first and start > log.first_step:
+    if start == first and start > log.first_step and start not in log.edits:
         start = log.nearest_snapshot(start - 1)  # some unchanged steps, whose checksums certify the rest
-    vectors, scalars = log.snapshot(start)
-    shards.write(relayout(vectors.pop("theta"), shards.layout))
-    shards.write_state({key: relayout(vector, shards.layout) for key, vector in vectors.items()}, scalars)
+    stand_at(shards, log, start)
     exact = True  # until a step was run in another way than this engine runs it
     if start > 0:
         warm_up(shards, log, batches, start)
@@ -97,8 +98,17 @@ def replay(
                     "or engine settings than in training (see manifest.json), or other data or frozen parameters"
                 )
             verified += exact
+        if step + 1 in log.edits and step + 1 not in passed:  # a correction that stays
+            stand_at(shards, log, step + 1)
         progress(step)
     return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
+
+
+def stand_at(shards: EngineShards, log: TrajectoryLog, step: int) -> None:
+    """Sets an engine's weights and optimizer state to those of a snapshot. Collective."""
+    vectors, scalars = log.snapshot(step)
+    shards.write(relayout(vectors.pop("theta"), shards.layout))
+    shards.write_state({key: relayout(vector, shards.layout) for key, vector in vectors.items()}, scalars)
 
 
 def can_be_exact(shards: EngineShards, segment: Segment) -> bool:
@@ -248,6 +258,7 @@ def _run_passes(shards: EngineShards, edited: EditedStep, batches: BatchSource, 
         else:
             inputs, labels = batches.inputs(micro.record.sample_ids)
             labels = mask_samples(labels, micro.kept)
+            inputs, labels = with_blanks(inputs, labels, micro.record.blanks, micro.record.width)
             num_items = micro.denominator
             if normalization == "micro_batch_token_mean":
                 num_items /= len(passes)

@@ -17,6 +17,7 @@ import torch
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, promoted
 from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot
+from lmc_dist.trajectory.edits import EDIT_FILE
 from lmc_dist.trajectory.exchange import gather_to_first, this_rank
 from lmc_dist.trajectory.files import FIX_INDEX, FIX_VALUE, fsync_path, publish_files, step_folder
 from lmc_dist.trajectory.kept import FOLDER as CURVATURE_FOLDER
@@ -151,6 +152,8 @@ def finish(
             shares = zip(*(written["snapshot", step, "", rank][kind] for rank in range(ranks)), strict=True)
             if "".join(f"{sum(share) % 2**64:016x}" for share in shares) != expected:
                 raise LmcError(f"log {log.path}: '{kind}' of snapshot {step} does not have its checksum: it is damaged")
+        if step in log.edits:
+            write_sealed(folder / EDIT_FILE, log.edits[step].to_json())
         write_sealed(folder / META_FILE, meta)
         fsync_path(folder)
     copy_table(log.path, output)

@@ -20,6 +20,7 @@ from lmc_dist.runtime import AgreedError, agreement, broadcast_object
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.edits import read_edits
 from lmc_dist.trajectory.files import MANIFEST_FILE, step_folder
 from lmc_dist.trajectory.lock import LOCK_FILE, LogLock, is_lock_file
 from lmc_dist.trajectory.manifest import read_manifest, resumed_manifest, write_manifest
@@ -227,6 +228,7 @@ def resume_points(log_dir: Path) -> list[_Point]:
     checksums |= {
         step + 1: (record.checksum, record.log_checksum) for step, (record, _) in rows.items() if step < whole
     }
+    checksums |= dict.fromkeys(read_edits(log_dir, snapshots), (None, None))  # not where the step before led to
     points = [(step, *checksums[step]) for step in reversed(snapshots) if step <= whole]
     if not points and (rows or snapshots):
         raise LmcError(

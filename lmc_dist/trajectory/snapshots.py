@@ -22,6 +22,7 @@ from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.edits import EDIT_FILE
 from lmc_dist.trajectory.files import fsync_path
 from lmc_dist.trajectory.sealed import read_sealed, require_plain, write_sealed
 from lmc_dist.trajectory.snapshot_files import SnapshotReader
@@ -110,11 +111,13 @@ def _in_one_line(response: Future[Any]) -> Future[Any]:
     return found
 
 
-def finish_snapshot(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Makes a snapshot that all ranks have written visible. Rank 0."""
+def finish_snapshot(folder: Path, meta: Mapping[str, Any], edit: Mapping[str, Any] | None = None) -> None:
+    """Makes a snapshot that all ranks have written visible, with what was edited there. Rank 0."""
     part = part_folder(folder)
     for path in part.iterdir():
         fsync_path(path)
+    if edit is not None:
+        write_sealed(part / EDIT_FILE, edit)
     write_sealed(part / META_FILE, meta)
     fsync_path(part)
     part.replace(folder)

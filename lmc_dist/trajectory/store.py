@@ -19,6 +19,7 @@ from lmc_dist.runtime import AgreedError, agreement
 from lmc_dist.shards.checksum import format_checksum, local_checksum
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.edits import read_edits
 from lmc_dist.trajectory.files import step_folder
 from lmc_dist.trajectory.manifest import read_manifest
 from lmc_dist.trajectory.prefetch import Prefetch
@@ -84,6 +85,7 @@ class TrajectoryLog:
                 "is written after all rows before it: rows were lost"
             )
         self.snapshots = finished
+        self.edits = read_edits(self.path, finished)
 
     @property
     def num_steps(self) -> int:
@@ -104,6 +106,8 @@ class TrajectoryLog:
         digest = hashlib.blake2b(json.dumps(run, sort_keys=True).encode(), digest_size=16)
         for record in self._records:
             digest.update(str(record.checksum).encode())
+            if (edit := self.edits.get(record.step + 1)) is not None:
+                digest.update(json.dumps(edit.to_json(), sort_keys=True).encode())
         return digest.hexdigest()
 
     def record(self, step: int) -> StepRecord:
@@ -167,7 +171,11 @@ class TrajectoryLog:
         """Latest snapshot N ≤ step that following the log meets exactly; any, unless updates are stored rounded."""
         for n in sorted((n for n in self.snapshots if n <= step), reverse=True):
             log_checksum = self.record(n - 1).log_checksum if n > 0 else None
-            if log_checksum is None or log_checksum == read_meta(self.path / snapshot_folder(n))["checksum"]:
+            if (
+                n in self.edits
+                or log_checksum is None
+                or log_checksum == read_meta(self.path / snapshot_folder(n))["checksum"]
+            ):
                 return n
         raise LmcError(f"no snapshot at or before step {step} in {self.path} that can be followed from")
 
@@ -234,7 +242,7 @@ class TrajectoryLog:
             if step not in self.snapshots:
                 raise LmcError(f"log {self.path} has no snapshot of step {step}; it has {self._snapshot_names()}")
         vectors, meta = read_snapshot(self.path / snapshot_folder(step), self.layout, self.dtype)
-        if step > 0 and meta["checksum"] != self.record(step - 1).checksum:
+        if step > 0 and step not in self.edits and meta["checksum"] != self.record(step - 1).checksum:
             raise AgreedError(
                 f"log {self.path}: snapshot {step} does not have the checksum that the row of step {step - 1} has: it is "
                 "another run's, or the log is damaged"
@@ -281,7 +289,10 @@ class TrajectoryLog:
         return f"{'step' if len(names) == 1 else 'steps'} {', '.join(names)}"
 
     def advance(self, theta: ShardedVector, step: int) -> ShardedVector:
-        """θ_s → θ_{s+1} in place, verified by checksum; returns u_s. Collective."""
+        """θ_s → θ_{s+1} in place, verified by checksum; returns u_s. Collective.
+
+        Where step s + 1 is edited θ is then what step s led to, not yet corrected (`snapshot` has the corrected one).
+        """
         record = self.record(step)
         update = ShardedVector.zeros(self.layout, self.dtype)
         with agreement(self.layout.group):

@@ -135,6 +135,7 @@ def encode_row(record: StepRecord, digests: Digests | None) -> dict[str, Any]:
             "random": m.random_state is not None,
             "digest": m.digest,
             **({"local": True} if m.is_local else {}),
+            **({"blanks": m.blanks, "width": m.width} if m.blanks else {}),
         }
         for m in record.micro_batches
     ]
@@ -233,7 +234,19 @@ def _micro(values: Mapping[str, Any], state: bytes | None) -> MicroRecord:
         state,
         _maybe(_hexadecimal, values["digest"]),
         values.get("local", False) is True,
+        _blanks(values, len(ids)),
+        _maybe(_count, values.get("width")),
     )
+
+
+def _blanks(values: Mapping[str, Any], num_samples: int) -> tuple[int, ...]:
+    """Rows of a pass that held no sample, ascending, which leave as many rows as there are samples."""
+    found = tuple(_count(place) for place in values.get("blanks", ()))
+    if list(found) != sorted(set(found)) or (found and not found[-1] < num_samples + len(found)):
+        raise ValueError("empty rows are out of place")
+    if found and values.get("width") is None:
+        raise ValueError("the width of a pass with empty rows is missing")
+    return found
 
 
 def _states(blob: bytes | None, micros: Sequence[Mapping[str, Any]]) -> list[bytes | None]:

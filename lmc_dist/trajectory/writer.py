@@ -64,6 +64,7 @@ class LogWriter:
             writes a step, u_s; where updates are rounded, also θ_s as the log gives it.
         theta: θ of the first step as the log reproduces it.
         resumed: The run that is continued, with rank 0's hold on the directory.
+        keeps_first: Whether a ring keeps θ_0, from which every step can be replayed.
 
     Raises:
         LmcError: The directory is not empty, or another job writes there.
@@ -77,10 +78,12 @@ class LogWriter:
         buffer_bytes: int,
         theta: ShardedVector,
         resumed: Resumed | None = None,
+        keeps_first: bool = False,
     ) -> None:
         self.path, self.manifest, self.layout = Path(log_dir), manifest, layout
         self.kinds = TIERS[manifest.storage]
         self._rounded: RoundedUpdates | None = None
+        self._keeps_first = keeps_first
         if is_lossy(manifest):
             self._rounded = RoundedUpdates(theta, getattr(torch, manifest.update_dtype))
         self.lock = resumed.lock if resumed else None
@@ -97,13 +100,15 @@ class LogWriter:
         self._background = BackgroundWriter(buffer_bytes)
         self._staged: list[_Step] = []  # the thread's alone
         self._written: deque[dict[str, Any]] = deque()  # this rank's finished steps, until they are reported
-        self._snapshot: tuple[int, Future[Any], dict[str, Any]] | None = None
+        self._snapshot: tuple[int, Future[Any], dict[str, Any], dict[str, Any] | None] | None = None
         self._group = snapshot_group(layout)
         # rank 0 alone:
         self._rows: deque[StepRecord] = deque()  # steps whose files are not all there yet
         self._reports: dict[int, dict[int, dict[str, Any]]] = {}  # step → rank → report
         self._whole: deque[tuple[StepRecord, Digests]] = deque()  # rows for the thread to insert
-        self._finished: deque[tuple[int, dict[str, Any]]] = deque()  # snapshots that wait for the rows before them
+        self._finished: deque[tuple[int, dict[str, Any], dict[str, Any] | None]] = (
+            deque()
+        )  # snapshots that wait for the rows before them
         self._log_checksum = resumed.log_checksum if resumed else None
         self._next_row = self._num_whole = resumed.step if resumed else 0  # queued, and on disk
 
@@ -268,14 +273,20 @@ class LogWriter:
         assert self._table is not None
         return self._table
 
-    def _publish(self, step: int, meta: dict[str, Any]) -> None:
+    def _publish(self, step: int, meta: dict[str, Any], edit: dict[str, Any] | None) -> None:
         folder = self.path / snapshot_folder(step)
-        self._background.submit(lambda: finish_snapshot(folder, meta))
+        self._background.submit(lambda: finish_snapshot(folder, meta, edit))
         self._background.submit(lambda: self._trim(step - 1))
 
     # --- snapshots -------------------------------------------------------------------------------------------------
 
-    def snapshot(self, step: int, vectors: Mapping[str, ShardedVector], scalars: dict[str, Any]) -> None:
+    def snapshot(
+        self,
+        step: int,
+        vectors: Mapping[str, ShardedVector],
+        scalars: dict[str, Any],
+        edit: dict[str, Any] | None = None,
+    ) -> None:
         """Starts to write θ_step (`theta`) and optimizer state; waits for the snapshot before it."""
         if step in self._requested:
             return
@@ -283,7 +294,7 @@ class LogWriter:
         self._await_snapshot()
         sums = vector_checksums(vectors)
         meta = {"step": step, "checksum": sums["theta"], "kinds": sums, "scalars": scalars}
-        self._snapshot = (step, start_snapshot(self.path / snapshot_folder(step), vectors, self._group), meta)
+        self._snapshot = (step, start_snapshot(self.path / snapshot_folder(step), vectors, self._group), meta, edit)
 
     @property
     def snapshot_done(self) -> bool:
@@ -293,11 +304,27 @@ class LogWriter:
     def finish_snapshot(self) -> None:
         """Hands over the snapshot that all ranks have written; it becomes visible once the rows before it are."""
         assert self._snapshot is not None
-        step, _, meta = self._snapshot
+        step, _, meta, edit = self._snapshot
         self.raise_error()
         self._snapshot = None
         if self.layout.rank == 0:
-            self._finished.append((step, meta))
+            self._finished.append((step, meta, edit))
+
+    def edit(
+        self, step: int, vectors: Mapping[str, ShardedVector], scalars: dict[str, Any], edit: dict[str, Any]
+    ) -> None:
+        """Writes θ_step and optimizer state as a correction has set them, and waits until they are on disk.
+
+        Raises:
+            LmcError: There is a snapshot of the step from before the correction.
+        """
+        with agreement(self.layout.group):
+            if step in self._requested:
+                raise LmcError(f"step {step} has a snapshot already: edit a run before the step's snapshot is taken")
+        self.snapshot(step, vectors, scalars, edit)
+        self.finish()
+        if self._rounded is not None:  # what follows is added to the corrected weights
+            self._rounded, self._log_checksum = RoundedUpdates(vectors["theta"], self._rounded.dtype), None
 
     def _await_snapshot(self) -> None:
         if self._snapshot is not None:
@@ -311,7 +338,7 @@ class LogWriter:
         window_start = last_step - self.manifest.max_steps + 1
         usable = [step for step in snapshot_steps(self.path) if step <= window_start]
         if usable:
-            drop_before(self.path, self._open_table, max(usable))
+            drop_before(self.path, self._open_table, max(usable), self._keeps_first)
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -349,10 +376,13 @@ def is_lossy(manifest: TrajectoryManifest) -> bool:
     return "update" in TIERS[manifest.storage] and manifest.update_dtype != manifest.dtype
 
 
-def drop_before(log_dir: Path, table: StepTable, first_kept: int) -> None:
-    """Deletes the snapshots and step tensors before `first_kept`, in an order that a crash cannot make lie. Local."""
+def drop_before(log_dir: Path, table: StepTable, first_kept: int, keeps_first: bool = False) -> None:
+    """Deletes the snapshots and step tensors before `first_kept`, in an order that a crash cannot make lie. Local.
+
+    With `keeps_first` θ_0 stays.
+    """
     for step in snapshot_steps(log_dir):
-        if step < first_kept:  # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
+        if keeps_first <= step < first_kept:  # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
             doomed = log_dir / "snapshots" / f"deleted-{step}"
             (log_dir / snapshot_folder(step)).rename(doomed)
             shutil.rmtree(doomed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +19,14 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.tracking import Tracker, check_tracking, tracked
 from lmc_dist.training import read_request
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.edits import with_open_edits
 from lmc_dist.trajectory.record import StepRecord
 from lmc_dist.unlearn.correction import Correction
 from lmc_dist.unlearn.reference import check_reference
 from lmc_dist.unlearn.replayed import replayed_correction
 from lmc_dist.unlearn.request import check_request
+
+logger = logging.getLogger(__name__)
 
 EVALUATED_SAMPLES = 200  # retained samples whose loss is reported; all forgotten ones are
 
@@ -38,6 +42,7 @@ class AskedRun:
         module: The model on shards, laid out like the log.
         batches: Samples by id.
         request: What to forget.
+        asked_for: What was asked for, without earlier corrections of the run that go along.
         touched: Steps that hold any of it.
         tracker: Told what progress is told.
 
@@ -59,13 +64,28 @@ class AskedRun:
             if request is None:
                 raise LmcError("say what to forget: forget.samples, forget.split or forget.batches")
             self.request: Counterfactual = request
+            self.asked_for = request
             self.touched: list[StepRecord] = check_request(
                 request, self.log.records(), self.batches, self.log.manifest.loss_normalization
             )
             if not self.touched:
                 raise LmcError("no logged step that changed the weights holds any of the forgotten data")
+            self._with_open_edits()
             check_reference(self)
             self.check_log()
+
+    def _with_open_edits(self) -> None:
+        """Takes into the request what earlier corrections of the run took out and that it reaches past. Local."""
+        self.request, passed = with_open_edits(self.request, self.log.edits, self.log.records())
+        if not passed:
+            return
+        if self.config.reference not in ("none", "replay"):
+            raise LmcError(
+                f"the run was corrected at step {max(passed)} already, and a retrain would need all requests: use "
+                "--reference replay, which leaves them all out"
+            )
+        self.touched = [r for r in self.log.records() if r.applied and self.request.touches(r)]
+        logger.info("gone over together with the corrections at step %s", ", ".join(map(str, passed)))
 
     def check_settings(self) -> None:
         """Checks what can be checked before the log is opened. Local."""

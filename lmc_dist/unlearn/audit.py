@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from lmc_dist.trajectory.files import write_json
+from lmc_dist.trajectory.files import write_atomic, write_json
+
+NORMS_FILE = "norms.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class AuditRecord:
         growth_max: Largest ‖v_{s+1}‖ / ‖v_s‖ of a step, before its own source is added.
         missed: `low_rank`: largest share of C z, z random, that a basis left out.
         head_error: Replayed head of length `auto`: ‖difference of recursion and replay‖ / ‖v‖ when it took over.
+        norms: (step, ‖v‖ after it) along the way, thinned out to at most `windows.MOST_NORMS`; None where the steps are not taken
+            one by one. They go to a file of their own, norms.json.
     """
 
     unit: str
@@ -48,11 +54,19 @@ class AuditRecord:
     growth_max: float | None
     missed: float | None = None
     head_error: float | None = None
+    norms: Sequence[tuple[int, float]] | None = None
+
+
+def figures(record: AuditRecord) -> dict[str, Any]:
+    """A record without the norms along the way."""
+    return {key: value for key, value in asdict(record).items() if key != "norms"}
 
 
 def write_audit(folder: Path, records: Sequence[AuditRecord]) -> Path:
-    """Writes `audit_records.json` into `folder`, atomically; rank 0 calls."""
+    """Writes `audit_records.json` and, in the same order, `norms.json` into `folder`, atomically; rank 0 calls."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "audit_records.json"
-    write_json(path, [asdict(record) for record in records])
+    write_json(path, [figures(record) for record in records])
+    rows = [json.dumps(record.norms, allow_nan=False) for record in records]
+    write_atomic(folder / NORMS_FILE, "[\n" + ",\n".join(rows) + "\n]\n")
     return path

@@ -19,6 +19,7 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.codec import Compression
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.edits import with_open_edits
 from lmc_dist.trajectory.files import read_json, write_json, write_shard_file
 from lmc_dist.trajectory.kept import KeptCurvature
 from lmc_dist.trajectory.reader import ShardReader
@@ -111,7 +112,7 @@ def compute_correction(
         trajectory: The logged run, on disk or in memory.
         module: The model on shards, laid out like the trajectory.
         batches: Samples by id.
-        counterfactual: The request.
+        counterfactual: The request. Earlier corrections of the run that it reaches past are gone over with it.
         config: Curvature and damping; None is GGN without damping.
         K: Steps each source is propagated through; None is all.
         loss: The model's loss; None is next-token cross-entropy.
@@ -140,6 +141,9 @@ def compute_correction(
             raise LmcError(f"K must be ≥ 0 or null, got {K}")
         manifest = trajectory.manifest
         records = list(trajectory.records())
+        counterfactual, passed = with_open_edits(counterfactual, trajectory.edits, records)
+        if passed and kept is not None:
+            raise LmcError(f"the run was corrected at step {max(passed)}: kept curvature does not lead past that")
         touched = check_request(counterfactual, records, batches, manifest.loss_normalization)
         if not touched:
             raise LmcError("no logged step that changed the weights holds any of the forgotten data")

@@ -56,10 +56,11 @@ class Marks:
         layout: Of the vectors.
         dtype: Of θ and v.
         every: Steps between two marks.
+        keep: Earlier ones stay.
     """
 
-    def __init__(self, folder: Path, layout: ShardLayout, dtype: torch.dtype, every: int) -> None:
-        self.folder, self.layout, self.dtype, self.every = folder, layout, dtype, every
+    def __init__(self, folder: Path, layout: ShardLayout, dtype: torch.dtype, every: int, keep: bool = False) -> None:
+        self.folder, self.layout, self.dtype, self.every, self.keep = folder, layout, dtype, every, keep
         self.newest: int | None = None
 
     def is_due(self, step: int) -> bool:
@@ -89,7 +90,7 @@ class Marks:
         with agreement(self.layout.group):
             if self.layout.rank == 0:
                 write_json(part / "mark.json", self._description(mark))
-                old = self._steps()
+                old = [] if self.keep else self._steps()
                 part.replace(self.folder / f"mark-{mark.step}")
                 fsync_path(self.folder)
                 for step in old:
@@ -124,14 +125,17 @@ class Marks:
             "basis": mark.basis,
         }
 
-    def load(self) -> Mark | None:
-        """The mark that was left, at the present layout; None where there is none. Collective.
+    def load(self, until: int | None = None) -> Mark | None:
+        """The last mark that was left, at the present layout; None where there is none. Collective.
+
+        Args:
+            until: Of those of steps up to this one.
 
         Raises:
             LmcError: It is damaged.
         """
         with agreement(self.layout.group):
-            steps = self._steps()
+            steps = [step for step in self._steps() if until is None or step <= until]
         step = broadcast_object(max(steps, default=None), self.layout.group)
         if step is None:
             return None

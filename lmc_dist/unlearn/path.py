@@ -24,7 +24,7 @@ from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import edit_step
 from lmc_dist.trajectory.record import TIERS, StepRecord, Trajectory, TrajectoryManifest
 from lmc_dist.unlearn.source import micro_batches, share
-from lmc_dist.update_rules import Point, State, UpdateRule
+from lmc_dist.update_rules import Deviation, Point, State, UpdateRule
 
 _CHUNK = 1 << 18  # elements
 
@@ -169,6 +169,22 @@ class TrainingPath:
             found, self.state = self.rule.apply(here)
             self._check(step, here, found, update)
         return here, update
+
+    def pass_edit(self, step: int) -> Deviation | None:
+        """Goes over to the weights and state that a correction after `step` has set; what they make up for. Collective.
+
+        Returns:
+            (θ, σ) that the step led to minus the corrected ones, to be added to a deviation; None where nothing was edited.
+        """
+        if step + 1 not in self.trajectory.edits:
+            return None
+        vectors, scalars = self.trajectory.snapshot(step + 1)
+        theta, state = self.theta, self.state
+        self.theta, self.state = vectors["theta"], State()
+        if self.rule.keys:
+            self.state = self._initial(step + 1, vectors, scalars)
+        made_up = {key: vector - self.state.vectors[key] for key, vector in state.vectors.items()}
+        return Deviation(theta - self.theta, made_up)
 
     def is_precise(self, step: int) -> bool:
         """Whether g_s, where `step` hands it out, is that of float32 or better, as the module here computes it. Local."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lmc_dist.audit.run_record import append_run, check_audit, last_run, run_salt, take_over
 from lmc_dist.config import Config
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import mean_loss
@@ -32,6 +34,7 @@ def recombine(config: Config, runtime: Runtime) -> dict[str, Any]:
     folder = Path(config.output_dir)
     with agreement():
         result = _finished(folder)
+        check_audit(config, runtime.is_main)
         opened = open_logged_run(config, runtime)
         log = opened.log
         if log.fingerprint != result["log_fingerprint"]:
@@ -54,10 +57,15 @@ def recombine(config: Config, runtime: Runtime) -> dict[str, Any]:
         "gradients_equivalent": 0.0,
     }
     with promoted(folder) as part:
+        take_over(folder, part)
         write_results(part, log, opened.module, corrected, correction, result, opened.tokenizer)
         with agreement():
             if runtime.is_main:
                 shutil.copytree(folder / UNITS, part / UNITS, copy_function=os.link)
+        earlier = last_run(part)
+        if earlier is not None:  # a run of a version without an audit has none to go on with
+            salt = run_salt(replace(config, audit=replace(config.audit, salt=result["config"]["audit"]["salt"])), part)
+            append_run("recombine", part, config, result["config"], earlier["request"], result, correction, salt)
     return result
 
 

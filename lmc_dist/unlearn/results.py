@@ -78,4 +78,6 @@ def write_results(
         correction.save(folder / "correction")
         if log.layout.rank == 0:
             write_audit(folder / "audit", correction.audit)
+            if result.get("privacy") is not None:
+                write_json(folder / "audit" / "privacy.json", result["privacy"])
             write_json(folder / "result.json", {**result, "model_checksum": model_checksum})

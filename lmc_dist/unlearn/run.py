@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lmc_dist.audit.files import MARKS
+from lmc_dist.audit.request import anonymous, described_request
+from lmc_dist.audit.run_record import append_run, check_audit, run_salt, take_over
 from lmc_dist.config import Config
 from lmc_dist.console import StepProgress, UnitProgress
 from lmc_dist.curvature import HVPConfig, TokenCrossEntropy
 from lmc_dist.errors import LmcError, Stopped
 from lmc_dist.logged_run import logged_skeleton, on_shards
+from lmc_dist.privacy.checks import check_privacy, check_private_run
 from lmc_dist.runtime import Runtime, agreement, promoted, remove_folder
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule
@@ -123,6 +127,7 @@ class UnlearningRun(AskedRun):
             name = config.unlearn.curvature
             self.kept = load_curvature(self.log.path, name, self.log.layout, self.log.fingerprint)
             self.kept.require(self.touched[0].step, self.log.num_steps)
+        check_private_run(self)
 
     def check_settings(self) -> None:
         unlearn = self.config.unlearn
@@ -135,6 +140,8 @@ class UnlearningRun(AskedRun):
         if unlearn.curvature is not None and unlearn.hessian_mode != "low_rank":
             raise LmcError(f"unlearn.curvature is for hessian_mode low_rank, not {unlearn.hessian_mode}")
         self.methods()
+        check_privacy(self.config, self.runtime.is_main)
+        check_audit(self.config, self.runtime.is_main)
 
     def _hvp(self, mode: str, damping: float) -> HVPConfig:
         unlearn = self.config.unlearn
@@ -174,7 +181,14 @@ class UnlearningRun(AskedRun):
                 whole = [joint_unit(self.request)]
                 work = self.work_dir / f"{method.name}-{work_digest(problem, whole)[:12]}"
                 try:
-                    correction = correct_units(problem, whole, work, mark_every=unlearn.mark_every, progress=progress)
+                    correction = correct_units(
+                        problem,
+                        whole,
+                        work,
+                        mark_every=unlearn.mark_every,
+                        progress=progress,
+                        keep_marks=self.config.audit.keep_marks and method == self.methods()[0],
+                    )
                 except Stopped:
                     raise
                 except LmcError:  # on all ranks; it would come again from the mark, of which nothing is left then
@@ -201,9 +215,7 @@ class UnlearningRun(AskedRun):
         """Each unit by itself, and their sum. Collective."""
         assert self.units is not None
         started, unlearn = time.perf_counter(), self.config.unlearn
-        hvp = self._hvp(method.hessian_mode, method.damping)
-        kept = self.kept if hvp.mode == "low_rank" else None
-        problem = self._problem(hvp, kept)
+        problem = self.problem(method)
 
         def make_module(layout: ShardLayout) -> ShardedModule:
             device = self.runtime.device
@@ -224,6 +236,11 @@ class UnlearningRun(AskedRun):
         )
         label = f"{method.label}, K={'all' if unlearn.K is None else unlearn.K}, by {len(self.units)} units"
         return MethodResult(method.name, label, correction, time.perf_counter() - started)
+
+    def problem(self, method: Method, tol: float | None = None) -> Problem:
+        """What a method's sweep is computed from. Local."""
+        hvp = self._hvp(method.hessian_mode, method.damping)
+        return self._problem(hvp, self.kept if hvp.mode == "low_rank" else None, tol)
 
     def _problem(self, hvp: HVPConfig, kept: KeptCurvature | None, tol: float | None = None) -> Problem:
         loss, K = TokenCrossEntropy(), self.config.unlearn.K
@@ -292,13 +309,28 @@ def _unlearn(run: UnlearningRun, ends: bool) -> dict[str, Any]:
             "request": run.asked(),
             "replay": main.replay,
             "rows": rows,
+            "privacy": None,
         }
-        corrected = main.correction.corrected(theta)
-        write_results(part, run.log, run.module, corrected, main.correction, result, run.tokenizer)
+        released = main.correction
+        if config.privacy.basis != "off":
+            from lmc_dist.privacy.run import release
+
+            released, result["privacy"] = release(run, main, theta, reference)
+        take_over(run.output_dir, part)
+        salt = run_salt(config, part)
+        settings, request = result["config"], described_request(run.asked_for, salt)
+        result, released = anonymous(result, released, request, salt, config.unlearn.store_units)
+        write_results(part, run.log, run.module, released.corrected(theta), released, result, run.tokenizer)
         if config.unlearn.store_units:
             with agreement():
                 if runtime.is_main:
                     shutil.copytree(run.work_dir / "units", part / UNITS, copy_function=os.link)
+        if config.audit.keep_marks:
+            with agreement():
+                if runtime.is_main:
+                    (kept,) = run.work_dir.glob(f"{first.name}-*/marks")
+                    shutil.copytree(kept, part / MARKS, copy_function=os.link)
+        append_run("unlearn", part, config, settings, request, result, released, salt)
     remove_folder(run.work_dir)
     names = ("rel_error", "seconds_unlearn", "seconds_retrain", "gradients_equivalent", "v_norm", "n_units")
     figures = {**{name: result[name] for name in names}, "methods": {row["method"]: row for row in rows}}

@@ -12,7 +12,7 @@ from lmc_dist.curvature import Loss, MicroBatch
 from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.batches import BatchSource, with_blanks
 from lmc_dist.trajectory.counterfactual import EditedStep
 from lmc_dist.trajectory.record import Trajectory
 from lmc_dist.unlearn.units import Unit, kept_gain, own_loss, sources_by_step, step_shares
@@ -38,6 +38,10 @@ def micro_batches(
         if not ids or not any(coefficients):
             continue
         inputs, targets = batches.inputs(ids)
+        if state is not None and (blanks := micro.record.blanks):
+            inputs, targets = with_blanks(inputs, targets, blanks, micro.record.width)
+            for row in blanks:
+                coefficients.insert(row, 0.0)
         built.append(
             MicroBatch(
                 inputs,
@@ -130,6 +134,12 @@ class Sources:
             return [Source(s.unit.name, self._gradient(s.edited, theta)) for s in shares if s.edited is not None]
         gain = self._gradient(kept_gain(edited), theta)  # one gradient for all of them
         return [Source(s.unit.name, self._gradient(own_loss(s), theta).add_(gain, alpha=s.of_kept)) for s in shares]
+
+    def only(self, step: int) -> None:
+        """Leaves all sources out but those of one step. Local."""
+        self._at = {step: self._at[step]}
+        self.steps = [step]
+        self.last = {unit.name: step for unit in self._at[step]}
 
     def _owner(self, edited: EditedStep, first: Unit) -> str | None:
         """The unit that answers for a step that is not taken: that of its first sample, wherever that unit is swept."""

@@ -17,11 +17,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.stopping import stop_asked, stopped
 from lmc_dist.trajectory.counterfactual import EditedStep, edit_step
+from lmc_dist.trajectory.edits import union
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.head import Head, gradient_change, kept_gradient
 from lmc_dist.unlearn.marks import Mark, Marks
@@ -99,6 +101,11 @@ class Sweep:
         touched = sources_by_step([joint_unit(problem.counterfactual)], self.trajectory.records())
         self.felt_until = {step: self._last(step) for step in touched if self._edited(step).skipped}
         self.first = min(step for step in touched if step >= self.trajectory.first_step)
+        if any(step > self.first for step in self.trajectory.edits) and (self.K is not None or self.num_units > 1):
+            raise LmcError(
+                f"the run was corrected at step {max(self.trajectory.edits)}, past which a deviation is carried as a whole: "
+                "use K=null and one joint correction, not units"
+            )
         self.started = time.perf_counter()
         self._earlier_cost = 0.0
         self._norms, self._growth = [0.0], 1.0
@@ -141,6 +148,7 @@ class Sweep:
                         self._stop_if_asked(step + 1)
                     else:
                         self.path.step(step)
+                        self.path.pass_edit(step)
         self.guard.warn()
 
     def _legs(self) -> list[tuple[int, int]]:
@@ -186,9 +194,32 @@ class Sweep:
             self.guard.measure(self.windows, step, self.tau)
             for found, injected in self._injected(step, here, update, sources):
                 self._add(step, here, found, injected)
+        self._pass_edit(step)
+        for window in self.windows:
+            window.note(step)
         self._norms = [window.norm for window in self.windows] or [0.0]
         self._growth = max((window.growth for window in self.windows), default=1.0)
         self._retire(step, finished)
+
+    def _pass_edit(self, step: int) -> None:
+        """Takes off what a correction after the step has made up for, steps that it took back included. Collective."""
+        made_up = self.path.pass_edit(step)
+        if made_up is None:
+            return
+        done = [edit.request for number, edit in self.trajectory.edits.items() if self.first < number <= step + 1]
+        request, normalization = reduce(union, done), self.trajectory.manifest.loss_normalization
+        counts = None if self.problem.batches is None else self.problem.batches.num_targets
+
+        def is_open(t: int) -> bool:
+            return not edit_step(self.trajectory.record(t), request, normalization, counts).skipped  # type: ignore[arg-type]
+
+        self.felt_until |= {t: min(last, step) for t, last in self.felt_until.items() if t <= step and not is_open(t)}
+        trial = [self.head.trial] if self.head.trial is not None else []
+        for window in [*self.windows, *trial]:
+            window.at.add_(made_up)
+            window.skipped = [t for t in window.skipped if is_open(t)]
+            window.norm = window.at.v.norm()
+            window.recent.clear()
 
     def _status(self, step: int) -> Status:
         """How far it is after a step; norms are those of before vectors were put away that are through."""
@@ -349,6 +380,7 @@ class Sweep:
             growth_max=window.growth_max,
             missed=self.products.missed,
             head_error=self.head.error if window.replayed else None,
+            norms=window.noted(step),
         )
 
     # --- marks ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     folder/work.json          which request this is, and how it is computed
     folder/units/NAME/        a finished unit: v, dσ, audit
-    folder/passes/DIGEST/     a pass that is under way: its last mark
+    folder/passes/DIGEST/     a pass that is under way: its last mark, or all of them
+    folder/marks/             all marks of a finished pass, if they are kept
 
 Units that go along the trajectory together form a pass (`units.passes_of`); groups take passes from a queue.
 """
@@ -49,6 +50,7 @@ def correct_units(
     width: int = 8,
     mark_every: int | None = 50,
     progress: Progress = unwatched,
+    keep_marks: bool = False,
 ) -> Correction:
     """Corrects every unit by itself and adds them up. Collective.
 
@@ -61,6 +63,7 @@ def correct_units(
         width: Vectors that go along the trajectory together.
         mark_every: Steps between two marks of a pass; None leaves none.
         progress: Called on the first rank of each group.
+        keep_marks: Keep all marks of a single pass, in `folder/marks`.
 
     Returns:
         The sum of all units' corrections, in the order of their names whatever computed them, with all their audits.
@@ -87,7 +90,7 @@ def correct_units(
     cost, error = 0.0, None
     try:
         for number in mesh.take(len(passes)):
-            cost += _Pass(problem, passes[number], folder, mark_every, len(trained), progress).run()
+            cost += _Pass(problem, passes[number], folder, mark_every, len(trained), progress, keep_marks).run()
     except Exception as caught:  # the other groups finish what they are at
         error = caught
         mesh.fail()
@@ -130,9 +133,10 @@ class _Pass:
         mark_every: int | None,
         total: int,
         progress: Progress,
+        keep_marks: bool,
     ) -> None:
         self.problem, self.units, self.folder, self.total, self.progress = problem, units, folder, total, progress
-        self.layout, self.mark_every = problem.trajectory.layout, mark_every
+        self.layout, self.mark_every, self.keep_marks = problem.trajectory.layout, mark_every, keep_marks
         digest = hashlib.blake2b("\n".join(unit.name for unit in units).encode(), digest_size=8).hexdigest()
         self.own = folder / "passes" / digest
         self.finished = self._finished()
@@ -147,7 +151,7 @@ class _Pass:
         marks = None
         if self.mark_every is not None:
             dtype = torch.promote_types(self.problem.trajectory.dtype, torch.float32)  # type: ignore[attr-defined]
-            marks = Marks(self.own, self.layout, dtype, self.mark_every)
+            marks = Marks(self.own, self.layout, dtype, self.mark_every, self.keep_marks)
         # A mark is of all units of the pass. They go together even where there is none yet: vectors in other company are
         # the same to rounding only, and what comes of a stopped run is to be the same to the bit.
         sweep = Sweep(self.problem, left if marks is None else self.units, marks=marks)
@@ -162,9 +166,13 @@ class _Pass:
         return broadcast_object(found, self.layout.group)
 
     def _clear(self) -> None:
-        """Removes the marks. Collective in the group."""
+        """Removes the marks, or puts them where they stay. Collective in the group."""
         with agreement(self.layout.group):
             if self.layout.rank == 0:
+                kept = self.folder / "marks"
+                if self.keep_marks and not kept.exists():
+                    self.own.mkdir(parents=True, exist_ok=True)  # a short run leaves none
+                    self.own.replace(kept)
                 shutil.rmtree(self.own, ignore_errors=True)
 
     def _keep(self, result: SweepResult) -> None:

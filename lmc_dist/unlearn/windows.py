@@ -21,6 +21,7 @@ GROWTH_WARNING = 1.05
 # With momentum v is lengthened by the steps that its source still takes part in: beyond this multiple of them it is not.
 STATE_WARNING = 2.0
 RECENT = 10  # steps over which growth is averaged
+MOST_NORMS = 256  # kept of a window for the audit
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Window:
         recent: Growth of ‖v‖ in the last steps.
         paces: ‖v_{s+1} − v_s‖ / ‖v_s‖ in the last steps, where that is watched.
         is_still: Whether it has as good as stopped moving.
+        norms: (step, ‖v‖ after it, sources included), for the audit.
     """
 
     name: str
@@ -62,6 +64,21 @@ class Window:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     is_still: bool = False
+    norms: list[tuple[int, float]] = field(default_factory=list)
+
+    def note(self, step: int) -> None:
+        """Takes ‖v‖ after a step down, every 2^k-th step so that there are never more than `MOST_NORMS`. Local."""
+        every = self.norms[1][0] - self.norms[0][0] if len(self.norms) > 1 else 1
+        if self.norms and (step - self.norms[0][0]) % every:
+            return
+        self.norms.append((step, self.norm))
+        if len(self.norms) > MOST_NORMS:
+            self.norms = self.norms[::2]
+
+    def noted(self, end: int) -> list[tuple[int, float]]:
+        """The norms that were taken down, and that after its last step. Local."""
+        known = [(step, norm) for step, norm in self.norms]
+        return known if known and known[-1][0] == end else [*known, (end, self.norm)]
 
     @property
     def growth(self) -> float:

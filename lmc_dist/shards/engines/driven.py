@@ -118,6 +118,14 @@ class DeepSpeedShards(EngineShards):
         self._engine().step()
         return True
 
+    def clear_gradients(self) -> None:
+        engine = self._engine()
+        is_wrapped = engine.bfloat16_enabled() or engine.fp16_enabled() or engine.zero_optimization()
+        if is_wrapped and hasattr(engine.optimizer, "zero_grad"):
+            engine.optimizer.zero_grad()
+        else:
+            engine.zero_grad()
+
     def destroy(self) -> None:
         self._engine().destroy()
 

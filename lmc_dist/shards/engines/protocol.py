@@ -178,6 +178,10 @@ class EngineShards(ABC):
             has been set.
         """
 
+    @abstractmethod
+    def clear_gradients(self) -> None:
+        """Drops the gradients of a step that has been taken, which loops clear only after it. Local."""
+
     def warm_up(self, inputs: dict[str, torch.Tensor]) -> None:  # noqa: B027
         """Brings a fresh engine to where it computes as one that has stepped before. Collective.
 

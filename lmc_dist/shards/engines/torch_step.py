@@ -214,5 +214,8 @@ class TorchStepShards(TorchLoopShards):
         if self.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
         self.base.step()
-        self.base.zero_grad()
+        self.clear_gradients()
         return True
+
+    def clear_gradients(self) -> None:
+        self.base.zero_grad()
