@@ -3,14 +3,14 @@
     .venv/bin/python bench/coverage.py            one process of one thread; takes some minutes
     .venv/bin/python bench/coverage.py --quick    fewer deletions: to see that it works
 
-A Llama-shaped model of a few thousand parameters, plain SGD, two epochs of 120 samples in steps of 12. A trial draws a deletion, then the
-controls that `lmc unlearn --privacy.basis controls` would draw for it, bounds the deletion's residual by theirs and compares
-with the residual itself, ‖θ̂ − θ_retrain‖ against exact replay. Deletions that several trials draw are computed once: of one
-sample there are only 120.
+A Llama-shaped model of a few thousand parameters, plain SGD, two epochs of 120 samples in steps of 12. A trial draws
+a deletion, then the controls that `lmc unlearn --privacy.basis controls` would draw for it, bounds the deletion's
+residual by theirs and compares with the residual itself, ‖θ̂ − θ_retrain‖ against exact replay. Deletions that
+several trials draw are computed once: of one sample there are only 120.
 
-The last row breaks the assumption on purpose: it deletes all samples of a person, and its controls are as many random samples. They
-are not exchangeable, and the coverage need not be the stated one. It has no target. The row before it has other people as controls
-(privacy.groups).
+The last row breaks the assumption on purpose: it deletes all samples of a person, and its controls are as many random
+samples. They are not exchangeable, and the coverage need not be the stated one. It has no target. The row before it
+has other people as controls (privacy.groups).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Every setting, as frozen dataclasses: YAML files and the command line both end here.
 
-The module imports nothing heavy, so that `--help` answers at once.
+The module imports nothing heavy, so that `--help` answers at once. It is long because it is a list: one dataclass a section,
+no code, in one place where a setting is looked up.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class TrainConfig:
         seed: Of weights, order and dropout.
         engine: `deepspeed` (ZeRO stage 0 to 3), `fsdp2` (torch's fully_shard, a unit a block), `ddp`, or `single` (one
             process).
+        replicas: Copies of the model that `fsdp2` keeps, each sharded over as many of the ranks (HSDP); 1 shards it over all.
         deepspeed: DeepSpeed JSON file; null is the built-in ZeRO-3 configuration.
     """
 
@@ -95,6 +97,7 @@ class TrainConfig:
     max_grad_norm: float = 0.0
     seed: int = 0
     engine: Literal["deepspeed", "fsdp2", "ddp", "single"] = "deepspeed"
+    replicas: int = 1
     deepspeed: str | None = None
 
 
@@ -383,6 +386,20 @@ class ReshardConfig:
     output: str | None = None
     ranks: int | None = None
     partition: Literal["zero3", "fsdp2"] | None = None
+
+
+@dataclass(frozen=True)
+class RewriteConfig:
+    """How `lmc log rewrite` takes forgotten data out of a log.
+
+    Attributes:
+        how: `replay` runs the steps again without the data and makes the log that of this run; `remove` cuts the log off
+            before the first step that held any of it.
+        dry_run: Only say what would become of it.
+    """
+
+    how: Literal["replay", "remove"] | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -696,6 +713,7 @@ class Config:
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     reshard: ReshardConfig = field(default_factory=ReshardConfig)
+    rewrite: RewriteConfig = field(default_factory=RewriteConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     plan_unlearn: PlanUnlearnConfig = field(default_factory=PlanUnlearnConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)

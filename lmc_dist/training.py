@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lmc_dist.audit.hidden import hidden
 from lmc_dist.config import Config, ModelConfig, TrainConfig
 from lmc_dist.data import (
     SampleDataset,
@@ -31,6 +32,7 @@ from lmc_dist.data import (
 )
 from lmc_dist.errors import LmcError, first_line
 from lmc_dist.export import export_model
+from lmc_dist.online.ledger import asked_before
 from lmc_dist.online.service import OnlineUnlearning
 from lmc_dist.online.settings import OnlineSettings
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
@@ -44,6 +46,7 @@ from lmc_dist.trajectory.files import MANIFEST_FILE, write_json
 from lmc_dist.trajectory.lock import require_free
 from lmc_dist.trajectory.logger import TrainingLogger
 from lmc_dist.trajectory.manifest import read_manifest
+from lmc_dist.trajectory.rewritten import KEY, resumed_rewritings, rewritings
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.request import make_request
 
@@ -190,10 +193,27 @@ def micro_steps(config: TrainConfig, world_size: int) -> int:
     return -(-config.batch_size // (config.micro_batch_size * world_size))
 
 
+def engine_name(config: TrainConfig, world_size: int) -> str:
+    """The configured engine by the name under which it is made: `hsdp-R` for FSDP2 with replicas. Pure.
+
+    Raises:
+        LmcError: The replicas do not divide the ranks.
+    """
+    if config.replicas == 1:
+        return config.engine
+    if world_size % config.replicas:
+        raise LmcError(
+            f"train.replicas={config.replicas} does not divide {world_size} ranks: start a multiple of {config.replicas}, or "
+            "set another number"
+        )
+    return f"hsdp-{config.replicas}"
+
+
 def build_engine(model: torch.nn.Module, config: TrainConfig, world_size: int) -> Any:
     """The configured engine with torch's own optimizer: DeepSpeed's, or the `EngineShards` of another. Collective."""
     settings = deepspeed_config(config, world_size) if config.engine == "deepspeed" else {}
-    engine = build_any_engine(config.engine, model, lambda module: build_optimizer(module, config), settings)
+    name = engine_name(config, world_size)
+    engine = build_any_engine(name, model, lambda module: build_optimizer(module, config), settings)
     engine_shards(engine).declare_clipping(config.max_grad_norm)
     return engine
 
@@ -245,11 +265,13 @@ class Trainer:
         self.online: OnlineUnlearning | None = None
         with agreement():
             check_train_config(config)
+            engine_name(config.train, runtime.world_size)
             check_targets(config)
             self.dataset, self.tokenizer = build_dataset(config)
             self.request = read_request(config, self.dataset)
             if self.request is not None and self.request.kind == "renormalize" and not self._kept(self.dataset.ids):
                 raise LmcError("all samples are forgotten: nothing is left to train on")
+            self.rewritten = resumed_rewritings(Path(config.log_dir), self.request) if config.resume else []
             train = config.train
             self.schedule = Schedule(self.dataset.ids, train.batch_size, train.epochs, train.max_steps, train.seed)
             self.micro_steps = micro_steps(train, runtime.world_size)
@@ -274,12 +296,19 @@ class Trainer:
             compression=config.log.compression,
             buffer_mb=config.log.buffer_mb,
             resume=config.resume,
-            dataset_fingerprint=self.dataset.fingerprint,
+            dataset_fingerprint=None if self.rewritten else self.dataset.fingerprint,
             loss_normalization="given" if self.request and self.request.kind == "zero" else "global_token_mean",
-            run={"config": asdict(config), **self._engine_settings(), "threads": torch.get_num_threads()},
+            run={**self._logged_config(), **self._engine_settings(), "threads": torch.get_num_threads()},
             max_grad_norm=train.max_grad_norm,
             keep_first=config.log.keep_first,
         )
+
+    def _logged_config(self) -> dict[str, Any]:
+        """The settings as the manifest has them: of a rewritten log without what names the forgotten data."""
+        values = asdict(self.config)
+        if not self.rewritten:
+            return {"config": values}
+        return {"config": {**values, "forget": hidden(values["forget"], KEY, True)}, KEY: self.rewritten}
 
     def _engine_settings(self) -> dict[str, Any]:
         """DeepSpeed's whole configuration; the settings of other engines the logger finds itself."""
@@ -394,6 +423,11 @@ def check_targets(config: Config) -> None:
     log_dir = Path(config.log_dir)
     if config.resume:
         check_same_config(log_dir, config)
+        if not config.online.enabled and asked_before(log_dir):
+            raise LmcError(
+                f"the run in {log_dir} was asked to forget samples while it trained: resume with --online.enabled true, or it "
+                "would train on them again"
+            )
     else:
         check_replaceable(log_dir, MANIFEST_FILE, config.overwrite)
         require_free(log_dir)
@@ -409,12 +443,15 @@ def check_same_config(log_dir: Path, config: Config) -> None:
     """
     if not (log_dir / MANIFEST_FILE).exists():
         return
-    logged = read_manifest(log_dir).run.get("config", {})
+    manifest = read_manifest(log_dir)
+    logged = manifest.run.get("config", {})
     mine = json.loads(json.dumps(asdict(config)))
     for section in ("data", "model", "train", "forget"):
         for key, value in mine[section].items():
-            if (section, key) in (("train", "engine"), ("train", "deepspeed")):
+            if (section, key) in (("train", "engine"), ("train", "deepspeed"), ("train", "replicas")):
                 continue  # a run may go on under another engine
+            if section == "forget" and rewritings(manifest):
+                continue  # `resumed_rewritings` compares it with what the log was rewritten without
             if logged.get(section, {}).get(key, value) != value:
                 raise LmcError(
                     f"log_dir {log_dir} was trained with {section}.{key}={logged[section][key]}, not {value}: resume with "
@@ -431,6 +468,11 @@ def check_train_config(config: Config, section: str = "train") -> None:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "momentum"):
         if not getattr(train, name) >= 0:
             raise LmcError(f"{section}.{name} must be ≥ 0, got {getattr(train, name)}")
+    if train.replicas < 1 or (train.replicas > 1 and train.engine != "fsdp2"):
+        raise LmcError(
+            f"train.replicas={train.replicas} under train.engine={train.engine}: it must be at least 1, and above 1 it is for "
+            "fsdp2"
+        )
     if train.deepspeed is not None and train.engine != "deepspeed":
         raise LmcError(f"train.deepspeed is for train.engine=deepspeed, not {train.engine}: leave it out")
     if train.max_steps is not None and train.max_steps < 1:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from conftest import REPO
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from test_docs import blocks, read_command
 from test_engine_logs import engine_config, this_runtime, train_job
 
 from lmc_dist.audit.chain import AuditChain, verify_chain
@@ -28,6 +27,7 @@ from lmc_dist.audit.reading import head_path
 from lmc_dist.audit.reexecute import draw
 from lmc_dist.config import AuditConfig
 from lmc_dist.errors import LmcError
+from lmc_dist.report.collect import Run, group_runs
 
 FORGOTTEN = (3, 101, 204, 301)
 FORGET = ["--forget.samples", ",".join(map(str, FORGOTTEN))]
@@ -558,8 +558,8 @@ def test_all_ways_to_carry_v_can_be_taken_again(runs: Runs, tmp_path: Path) -> N
             result = json.loads((tmp_path / way / "result.json").read_text())
             assert set(result["units"]["included"]) == named
             assert {row["unit"] for row in last_record(tmp_path / way)["body"]["units"]} == named
-    for ranks in (2, 1):
-        calls = [runs.again(log, tmp_path / way, seed) for way, (log, _) in ways.items() for seed in (0, 1)]
+    for seed, ranks in enumerate((2, 1)):
+        calls = [runs.again(log, tmp_path / way, seed) for way, (log, _) in ways.items()]
         for call, (text, status) in zip(calls, runs.verify(calls, ranks), strict=True):
             assert status == 0, (call, text)
             assert ("carries no vector" if call[0].endswith("replay") else "was taken again") in text, text
@@ -598,8 +598,26 @@ def test_a_chain_goes_on_with_its_output(runs: Runs, key: Path, tmp_path: Path) 
     assert status == 2 and "does not verify and cannot go on" in text, text
 
 
+def test_a_report_groups_runs_whose_ids_are_digests() -> None:
+    """By the digests under one salt, else by what is said of the requests; seeds never count."""
+
+    def run(name: str, seed: int, digest: str, salt: str, samples: int = 4) -> Run:
+        forget = {"samples": f"salted:{digest}", "split": None, "batches": None}
+        request = {"what": f"{samples} samples", "samples": samples, "counterfactual": "renormalize", "salt": salt}
+        config = {"forget": forget, "train": {"seed": seed}, "audit": {"salt": name}}
+        return Run(name, name, {"config": config, "request": request, "log_fingerprint": f"log-{seed}"}, [], {}, [])
+
+    def grouped(*runs: Run) -> list[list[str]]:
+        return [[run.name for run in group.runs] for group in group_runs(runs)]
+
+    assert grouped(run("a", 0, "1", "s"), run("b", 1, "1", "s"), run("c", 2, "2", "s")) == [["a", "b"], ["c"]]
+    assert grouped(run("a", 0, "1", "s"), run("b", 1, "2", "t"), run("c", 2, "3", "u", 5)) == [["a", "b"], ["c"]]
+
+
 def test_the_commands_of_the_page_run(runs: Runs, tmp_path: Path) -> None:
     """Those of docs/audit.md in their order, with a small log and its settings in place of the demo's."""
+    from test_docs import blocks, read_command
+
     page = REPO / "docs" / "audit.md"
     found = [read_command(command) for _, typed in blocks(page) for command in typed]
     assert [command[0] for command in found if command] == [

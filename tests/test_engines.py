@@ -137,9 +137,9 @@ def check_refusals() -> None:
     fully_shard(model, ignored_params={model.one})
     with pytest.raises(LmcError, match="one is not sharded"):
         engine_shards(model, adamw(model.parameters()))
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))["shard"]
     model = fully_shard(odd_model(), mesh=mesh)
-    with pytest.raises(LmcError, match="shard over all ranks"):
+    with pytest.raises(LmcError, match=r"mesh of \(1,\) is not supported: shard over all 2 ranks"):
         engine_shards(model, adamw(model.parameters()))
 
 

@@ -32,9 +32,9 @@ def reference_model(kind: str, dtype: torch.dtype = torch.float64, **changes: An
     return model.to(dtype).eval()
 
 
-def oracle(kind: str, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def oracle(kind: str, v: torch.Tensor, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient, Hessian product) of the whole batch in float64, from the unsharded model."""
-    model = reference_model(kind)
+    model = reference_model(kind, **changes)
     layout = ShardLayout.of_module(model)
     ids, labels, weights = token_batch(3, SAMPLES)
     leaf = ShardedVector.from_full(layout, model.get_parameter).flat.requires_grad_()

@@ -382,3 +382,24 @@ def test_a_request_from_another_process_while_training_runs(tmp_path: Path) -> N
     assert (
         checked.returncode == 1 and "the ledger does not" in checked.stdout and "which no ledger has" in checked.stdout
     )
+
+
+def test_a_run_that_was_asked_is_not_resumed_without_looking(tmp_path: Path) -> None:
+    from lmc_dist.training import check_targets
+
+    config = engine_config(tmp_path, "single")
+    ledger = Ledger(ledger_folder(config.log_dir))
+    name = ledger.submit([3])[0].name
+    check_targets(replace(config, resume=True))  # nothing has been answered yet
+    ledger.decide([name], 4)
+    with pytest.raises(LmcError, match="resume with --online.enabled true"):
+        check_targets(replace(config, resume=True))
+    check_targets(replace(config, resume=True, online=OnlineConfig(True)))
+
+
+def test_a_new_run_does_not_begin_beside_an_old_ledger(ranks: Callable[[int], Any], tmp_path: Path) -> None:
+    config = online_config(tmp_path, "ddp", {}, max_steps=2)
+    ledger = Ledger(ledger_folder(config.log_dir))
+    ledger.decide([ledger.submit([3])[0].name], 4)
+    with pytest.raises(AssertionError, match="answered requests of an earlier run, and a new one begins: move it away"):
+        ranks(2).run(train_with_requests, config, {})

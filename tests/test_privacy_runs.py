@@ -172,7 +172,7 @@ def test_replay_is_certified_where_it_is_exact_and_nowhere_else(ranks: Any, logg
 
 
 def control_job(config: Config) -> tuple[list[float], list[list[int]], list[int]]:
-    """(residuals, controls, request) as the run has them, computed by the library's other door."""
+    """(residuals of the first three, controls, request) as the run has them, computed by the library's other door."""
     from lmc_dist.logged_run import starting_model
     from lmc_dist.trajectory.replay import replay, replay_engine
 
@@ -181,7 +181,7 @@ def control_job(config: Config) -> tuple[list[float], list[list[int]], list[int]
     requests = disjoint_requests(run.log, run.request, config.privacy.controls, int.from_bytes(drawn[:7], "little"))
     engine = replay_engine(starting_model(config, run.model_config, run.log), run.log)
     theta, found = run.log.theta(run.log.num_steps), []
-    for request in requests:
+    for request in requests[:3]:
         retrained = replay(engine, run.log, run.batches, request).theta
         correction = compute_correction(run.log, run.module, run.batches, request, HVPConfig("GGN"), K=3)
         found.append((theta + correction.v - retrained).norm())
@@ -196,7 +196,7 @@ def test_controls_are_the_same_method_on_other_data(ranks: Any, logged: Config) 
     result, _ = pool.run(unlearn_job, config)[0]
     found = result["privacy"]
     norms, controls, request = pool.run(control_job, config)[0]
-    assert found["controls"]["norms"] == pytest.approx(norms, rel=1e-5) and found["controls"]["replay_exact"]
+    assert found["controls"]["norms"][:3] == pytest.approx(norms, rel=1e-5) and found["controls"]["replay_exact"]
     together = [i for ids in [*controls, request] for i in ids]
     assert len(set(together)) == len(together) == 10
     assert found["bound"] == found["distance"] == max(found["controls"]["norms"])

@@ -29,7 +29,7 @@ def work_job(config: Config, what: str, patience: float = 40.0) -> None:
     import torch.distributed as dist
 
     from lmc_dist import watchdog
-    from lmc_dist.cli import train_work, unlearn_work
+    from lmc_dist.commands.run import train_work, unlearn_work
     from lmc_dist.runtime import Runtime
 
     os.environ[watchdog.PATIENCE] = str(patience)

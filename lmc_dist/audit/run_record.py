@@ -10,7 +10,7 @@ from typing import Any
 
 import lmc_dist
 from lmc_dist.audit.chain import AuditChain
-from lmc_dist.audit.digests import SALT_FILE, read_salt, salt_at
+from lmc_dist.audit.digests import SALT_FILE, salt_at
 from lmc_dist.audit.files import part_digests
 from lmc_dist.audit.hidden import hidden
 from lmc_dist.audit.keys import Signer
@@ -60,7 +60,7 @@ def check_audit(config: Config, is_main: bool) -> None:
     """Checks the settings of the audit. Local; the first rank alone looks at files.
 
     Raises:
-        LmcError: A key or salt that cannot be used, marks that would not be there or may not stay, or a chain in
+        LmcError: A key or salt that cannot be used or made, marks that would not be there or may not stay, or a chain in
             output_dir that cannot go on.
     """
     audit, unlearn, output = config.audit, config.unlearn, Path(config.output_dir)
@@ -77,8 +77,8 @@ def check_audit(config: Config, is_main: bool) -> None:
     if not is_main:
         return
     signer = None if audit.signing_key is None else Signer(audit.signing_key)
-    if audit.salt is not None and Path(audit.salt).exists():
-        read_salt(Path(audit.salt))
+    if audit.salt is not None:
+        salt_at(Path(audit.salt))  # made now: an error at the end would cost the run
     chain = chain_of(output)
     if not (chain.exists() or head_path(chain).exists()):
         return

@@ -13,7 +13,7 @@ from lmc_dist.audit.chain import verify_with_records
 from lmc_dist.audit.files import CORRECTION, part_digests
 from lmc_dist.audit.reading import ChainReport, head_path
 from lmc_dist.audit.reexecute import Reexecution, reexecute
-from lmc_dist.audit.run_record import CHAIN_FILE, RUN_EVENTS, chain_of
+from lmc_dist.audit.run_record import CHAIN_FILE, RUN_EVENTS, chain_of, code_digest
 from lmc_dist.config import Config
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import check_target, count, write_findings
@@ -80,6 +80,8 @@ def verify_audit(config: Config, runtime: Runtime) -> tuple[str, int]:
             if chain == chain_of(output) and not found.chain.problems:
                 runs = (record for record in reversed(records) if record["event"] in RUN_EVENTS)
                 found.event = next(runs, None)
+                if found.event is not None and found.event["body"]["versions"]["lmc_dist_code"] != code_digest():
+                    found.chain.notes.append("the run was made by another version of this package's code")
     found = broadcast_object(found)
     if found.event is not None:
         body = found.event["body"]

@@ -21,7 +21,7 @@ from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.tracking import Tracker, audit_summary
-from lmc_dist.training import build_engine, check_train_config
+from lmc_dist.training import build_engine, check_train_config, engine_name
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.unlearn.asked import AskedRun
 from lmc_dist.unlearn.audit import AuditRecord
@@ -106,6 +106,7 @@ def train_settings(config: Config) -> TrainConfig:
         seed=config.train.seed if baseline.seed is None else baseline.seed,
         engine=config.train.engine,
         deepspeed=config.train.deepspeed,
+        replicas=config.train.replicas,
     )
 
 
@@ -129,6 +130,7 @@ def check_baseline_config(config: Config, world_size: int) -> None:
         raise LmcError(
             f"train.engine=single is for one process, and {world_size} were started: use deepspeed, fsdp2 or ddp"
         )
+    engine_name(config.train, world_size)
 
 
 def baseline(config: Config, runtime: Runtime, tracker: Tracker | None = None, ends: bool = True) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def summary(contents: LogContents) -> dict[str, Any]:
         "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "lr": {"first": rates[0], "min": min(rates), "max": max(rates), "last": rates[-1]} if rates else None,
         "snapshots": contents.snapshots,
+        "edits": {step: edit.method for step, edit in contents.edits.items()},
         "curvature": kept_names(contents.path),
     }
     if manifest is not None:
@@ -213,6 +214,9 @@ def summary_text(found: dict[str, Any]) -> str:
     )
     lines.append(f"samples     {found['samples']['distinct']:,} distinct" + (f": {seen}" if seen else ""))
     lines.append(f"snapshots   {spans(found['snapshots'])}")
+    if found["edits"]:  # corrections while it trained
+        made = ", ".join(f"{step} ({method})" for step, method in found["edits"].items())
+        lines.append(f"corrected   at step {made}")
     if found["curvature"]:
         lines.append(f"curvature   {', '.join(found['curvature'])}")
     if forget := found.get("forget"):

@@ -15,7 +15,7 @@ from lmc_dist.data import SampleDataset, split_batch
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import check_target, count, size, table, write_findings
 from lmc_dist.shards.fingerprint import model_config, model_fingerprint, parameter_table
-from lmc_dist.shards.layout import ParamSpec
+from lmc_dist.shards.layout import ParamSpec, is_rule
 from lmc_dist.shards.module import build_skeleton, get_rng_state
 from lmc_dist.training import (
     DROPOUT_NAMES,
@@ -24,6 +24,7 @@ from lmc_dist.training import (
     build_dataset,
     build_optimizer,
     check_train_config,
+    engine_name,
     freeze,
     micro_steps,
     pass_seed,
@@ -114,6 +115,7 @@ class Planner:
         plan = config.plan
         if plan.world_size < 1 or (plan.steps is not None and plan.steps < 1):
             raise LmcError("plan.world_size and plan.steps must be at least 1")
+        engine_name(config.train, plan.world_size)
         self.dataset: SampleDataset
         self.dataset, tokenizer = build_dataset(config)
         self.skeleton = build_skeleton(build_config(config.model, tokenizer), "cpu", config.model.attn_implementation)
@@ -133,10 +135,11 @@ class Planner:
     def shape(self, storage: str) -> LogShape:
         """What the files of a tier look like; the configured types where the tier has such vectors."""
         log, kinds = self.config.log, TIERS[storage]
+        engine = engine_name(self.config.train, self.config.plan.world_size)
         return LogShape(
             self.parameters,
             self.config.plan.world_size,
-            "fsdp2" if self.config.train.engine == "fsdp2" else "zero3",
+            engine if is_rule(engine) else "zero3",
             storage,
             update_dtype=getattr(torch, log.update_dtype if "update" in kinds else "float32"),
             gradient_dtype=getattr(torch, log.gradient_dtype if "gradient" in kinds else "float32"),
@@ -223,7 +226,7 @@ class Planner:
             config.train.max_grad_norm,
             self.dataset.fingerprint,
             config.plan.world_size,
-            config.train.engine,
+            engine_name(config.train, config.plan.world_size),
             storage,
             log.save_interval,
             log.max_steps,

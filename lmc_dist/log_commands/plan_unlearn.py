@@ -113,8 +113,10 @@ def _without_log(config: Config) -> Planned:
     assert asked.steps is not None
     if asked.controls:
         raise LmcError("plan_unlearn.controls measures on a log: leave plan_unlearn.steps out")
+    from lmc_dist.training import engine_name
+
     model = model_facts(meta_model(config))
-    engine = "deepspeed-zero3" if train.engine == "deepspeed" else train.engine
+    engine = "deepspeed-zero3" if train.engine == "deepspeed" else engine_name(train, asked.world_size or 1)
     itemsize = 2 if config.log.update_dtype == "bfloat16" else 4
     log, request = imagined(
         model,

@@ -26,6 +26,8 @@ from lmc_dist.trajectory.sealed import require_plain
 Unit = Literal["sample", "batch"]
 Status = Literal["pending", "decided", "applied", "excluded", "refused", "rejected"]
 
+ANSWERED: tuple[Status, ...] = ("decided", "applied", "excluded", "refused")
+
 TABLE_FILE = "requests.sqlite"
 CHAIN_FILE = "chain.jsonl"
 MOST_TARGETS = 1_000_000  # of a request; a larger one is split
@@ -82,6 +84,16 @@ def ledger_folder(log_dir: str | Path) -> Path:
     """Where the ledger of a log is: beside it, since it may be there before the log and outlives it. Pure."""
     path = Path(log_dir)
     return path.with_name(path.name + ".requests")
+
+
+def asked_before(log_dir: str | Path) -> bool:
+    """Whether a run has answered requests. Local.
+
+    Raises:
+        LmcError: Its ledger cannot be read.
+    """
+    folder = ledger_folder(log_dir)
+    return (folder / TABLE_FILE).exists() and bool(Ledger(folder).requests(*ANSWERED)[0])
 
 
 class Ledger:

@@ -144,9 +144,9 @@ class LiveRun:
         before, (vectors, scalars) = shards.read(), shards.read_state()
         rates = [group["lr"] for group in shards.param_groups]
         random, mode = get_rng_state(shards.device), shards.module.training
-        engine = getattr(shards, "engine", None)
+        engine: Any = getattr(shards, "engine", None)
         counters = {name: getattr(engine, name) for name in _COUNTERS if hasattr(engine, name)}
-        scheduler = getattr(engine, "lr_scheduler", None)
+        scheduler: Any = getattr(engine, "lr_scheduler", None)
         schedule = scheduler.state_dict() if hasattr(scheduler, "state_dict") else None
         shards.clear_gradients()  # the optimizer has just stepped, its loop has not come to clearing them
         try:

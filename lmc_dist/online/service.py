@@ -25,7 +25,7 @@ from lmc_dist.audit.chain import AuditChain
 from lmc_dist.audit.digests import salted_digest
 from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError
-from lmc_dist.online.ledger import CHAIN_FILE, Ledger, Request, Status, ledger_folder
+from lmc_dist.online.ledger import ANSWERED, CHAIN_FILE, Ledger, Request, Status, ledger_folder
 from lmc_dist.online.live import LiveRun
 from lmc_dist.online.settings import OnlineSettings
 from lmc_dist.runtime import agreement, broadcast_object
@@ -39,8 +39,6 @@ from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.request import shorten
 
 logger = logging.getLogger("lmc_dist")
-
-ANSWERED: tuple[Status, ...] = ("decided", "applied", "excluded", "refused")
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,11 @@ class OnlineUnlearning:
     def _left_off(self) -> tuple[list[str], list[tuple[int, tuple[int, ...]]], dict[int, list[str]]]:
         """Rank 0."""
         step, path = self.logger.step, self.logger.log_dir
+        if not self.logger.has_resumed and (old := self.ledger.requests(*ANSWERED)[0]):
+            raise LmcError(
+                f"{self.ledger.folder} holds {len(old)} answered requests of an earlier run, and a new one begins: move it away "
+                "(it is the earlier run's proof), and leave the samples out of the new run's data (forget.samples)"
+            )
         edits = {n: edit for n, edit in read_edits(path, snapshot_steps(path)).items() if n <= step}
         forgotten: list[str] = []
         due: dict[int, list[str]] = {}
@@ -176,7 +179,7 @@ class OnlineUnlearning:
             found = [request for request in found if request.status == "pending" or request.name in due]
             self.ledger.decide([request.name for request in found], step)
             return found
-        except LmcError as error:
+        except (LmcError, OSError) as error:
             logger.warning("requests wait: %s", error)
             return []
 
@@ -247,7 +250,7 @@ class OnlineUnlearning:
         logger.info("request %s: %s at step %d", request.name[:12], status, self.logger.step)
         try:
             self._close(replace(request, step=self.logger.step), status, figures, edit)
-        except LmcError as error:  # the edit is in the log: the next start completes the books
+        except (LmcError, OSError) as error:  # the edit is in the log: the next start completes the books
             logger.warning("request %s is %s, and that could not be noted: %s", request.name[:12], status, error)
 
     def _close(self, request: Request, status: Status, figures: Mapping[str, Any], edit: LogEdit | None) -> None:

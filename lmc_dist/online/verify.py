@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from lmc_dist.audit.digests import salted_digest
 from lmc_dist.online.ledger import CHAIN_FILE, Ledger, Request
 from lmc_dist.trajectory.edits import LogEdit, read_edits
 from lmc_dist.trajectory.files import MANIFEST_FILE
+from lmc_dist.trajectory.manifest import read_manifest
 from lmc_dist.trajectory.record import StepRecord
+from lmc_dist.trajectory.rewritten import gone_edits
 from lmc_dist.trajectory.snapshots import snapshot_steps
 from lmc_dist.trajectory.store import readable_rows
 
@@ -41,13 +43,15 @@ def verify_books(log_dir: str | Path, folder: str | Path, public_key: str | None
         events = AuditChain(chain).records() if not report.problems else []
     elif any(request.status not in ("pending", "decided") for request in requests):
         problems.append(f"audit: {chain} is missing")
-    edits, records = {}, []
+    edits, records, gone = {}, [], set()
     if (path / MANIFEST_FILE).exists():
+        gone = gone_edits(read_manifest(path))
         edits = read_edits(path, snapshot_steps(path))
         records = [record for record, _ in readable_rows(path).values()]
     problems += check_events(requests, events) if chain.exists() and not problems else []
-    problems += check_edits(requests, edits, first_kept=min(snapshot_steps(path), default=0) if records else 0)
-    problems += check_later_steps(requests, records, ledger.salt)
+    first_kept = min(snapshot_steps(path), default=0) if records else 0
+    problems += check_edits([r for r in requests if r.step not in gone], edits, first_kept)
+    problems += check_later_steps(requests, records, ledger.salt, gone)
     waiting = [request for request in requests if request.status in ("pending", "decided")]
     if waiting:
         notes.append(f"waiting for training to answer: {len(waiting)} of {len(requests)} requests")
@@ -86,13 +90,23 @@ def check_edits(requests: Iterable[Request], edits: Mapping[int, LogEdit], first
     return found
 
 
-def check_later_steps(requests: Iterable[Request], records: Iterable[StepRecord], salt: bytes) -> list[str]:
-    """Steps that trained on a sample after it was to be forgotten. Pure."""
+def check_later_steps(
+    requests: Iterable[Request], records: Iterable[StepRecord], salt: bytes, gone: Set[int] = frozenset()
+) -> list[str]:
+    """Steps that trained on a sample after it was to be forgotten. Pure.
+
+    Args:
+        requests: Of the ledger.
+        records: Of the log.
+        salt: Of the ledger.
+        gone: Steps whose corrections went when the log was rewritten: no step may hold any more what they were about.
+    """
     since: dict[str, int] = {}
     for request in requests:
         if request.step is not None and request.status in ("applied", "excluded", "refused"):
+            step = 0 if request.step in gone and request.status == "applied" else request.step
             for digest in request.samples:
-                since[digest] = min(request.step, since.get(digest, request.step))
+                since[digest] = min(step, since.get(digest, step))
     digests: dict[int, str] = {}
     found = []
     for record in records if since else ():

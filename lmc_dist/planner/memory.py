@@ -13,6 +13,7 @@ from typing import Any
 
 from lmc_dist.curvature.passes import OUTPUT_BYTES
 from lmc_dist.planner.facts import LogFacts, ModelFacts, Pass, Passes
+from lmc_dist.shards.layout import is_rule, num_replicas
 from lmc_dist.update_rules.sharded import CHUNK
 
 AHEAD = 2  # vectors that reading ahead keeps, see trajectory/prefetch.py
@@ -202,9 +203,13 @@ def replay_peak(log: LogFacts, passes: Sequence[Pass], world_size: int) -> Peak:
     The model is made whole in every rank's host memory before the engine takes it.
     """
     model, k = log.model, len(log.state)
-    sharded, whole, shards_state = _ENGINES.get(log.engine, (0, 3, False))
+    replicas = num_replicas(log.engine) if is_rule(log.engine) else 1
+    replicas = replicas if world_size % replicas == 0 else 1  # another number of ranks replays under FSDP2
+    engine = "fsdp2" if is_rule(log.engine) else log.engine
+    sharded, whole, shards_state = _ENGINES.get(engine, (0, 3, False))
     own, everything = model.shard(world_size), model.numel + model.frozen_numel
-    vectors = (sharded + shards_state * k) * own + (whole + (not shards_state) * k) * everything
+    held = model.shard(world_size // replicas)
+    vectors = (sharded + shards_state * k) * held + (whole + (not shards_state) * k) * everything
     gathered = 0 if whole else 2 * (model.block_numel + model.frozen_block_numel) * (world_size > 1)
     graphs = model.blocks * _BACKWARD.elements(model, passes)
     logits = 3 * max((p.tokens for p in passes), default=0) * model.vocabulary

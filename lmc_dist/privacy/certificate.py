@@ -1,7 +1,7 @@
 """What may be said of a released model: pure functions from a bound and the noise to words and numbers.
 
-The comparison is that of (ε, δ)-unlearning (Guo et al. 2020; Sekhari et al. 2021): the released θ̂ + N(0, Σ) against θ_retrain +
-N(0, Σ), which never saw the data.
+The comparison is that of (ε, δ)-unlearning (Guo et al. 2020; Sekhari et al. 2021): the released θ̂ + N(0, Σ) against
+θ_retrain + N(0, Σ), which never saw the data.
 """
 
 from __future__ import annotations
@@ -134,6 +134,6 @@ def statement(found: Mapping[str, Any]) -> str:
     return (
         f"{pair}, if the bound {bounded} holds. It does with probability {coverage['level']:.3g} "
         f"for a request that is as random as its {coverage['controls']} control deletions (the residual of rank "
-        f"{coverage['rank']}; given these controls at least {coverage['low']:.2g}, in 95 of 100 draws of them). With its failure "
-        f"counted δ is {found['delta_total']:.3g}"
+        f"{coverage['rank']}; given these controls at least {coverage['low']:.2g}, in 95 of 100 draws of them). With its "
+        f"failure counted δ is {found['delta_total']:.3g}"
     )

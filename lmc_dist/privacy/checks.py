@@ -79,8 +79,8 @@ def check_private_run(run: UnlearningRun) -> None:
     """Checks what needs the log and the request. Local.
 
     Raises:
-        LmcError: Too little data for controls, a log that cannot be replayed, steps that are not the theorem's, or no such
-            curvature.
+        LmcError: Too little data for controls, a log that cannot be replayed, steps that are not the theorem's, or no
+            such curvature.
     """
     from lmc_dist.privacy.controls import draw_requests
     from lmc_dist.trajectory.kept import load_curvature
@@ -89,8 +89,8 @@ def check_private_run(run: UnlearningRun) -> None:
     has_constants = settings.basis == "assumed" and settings.bound is None
     if log.edits and (settings.basis == "controls" or has_constants):
         raise LmcError(
-            f"the run was corrected at step {max(log.edits)} while it went on, so other deletions of it are not like this one, "
-            "nor is the recursion that of the theorem: privacy.basis exact or assumed with privacy.bound are left"
+            f"the run was corrected at step {max(log.edits)} while it went on, so other deletions of it are not like this "
+            "one, nor is the recursion that of the theorem: privacy.basis exact or assumed with privacy.bound are left"
         )
     if settings.basis == "controls":
         log.require(log.first_step, updates=False)

@@ -1,9 +1,10 @@
 """What several releases of models give away together.
 
-A release is a Gaussian μ away from what it is to be taken for, and independent Gaussians next to each other are one, with
-μ² = Σ μ_i²: exactly, whatever their number and also where a later request was chosen after seeing earlier releases (Dong,
-Roth & Su 2022, corollary 2 and theorem 4). A sum of ε, or Rényi's moments turned into (ε, δ), are upper bounds of the same.
-Where a bound behind a μ holds with some probability alone, what is missing adds to δ (union bound).
+A release is a Gaussian μ away from what it is to be taken for, and independent Gaussians next to each other are one,
+with μ² = Σ μ_i²: exactly, whatever their number and also where a later request was chosen after seeing earlier
+releases (Dong, Roth & Su 2022). A sum of ε, or Rényi's moments turned into (ε, δ), are
+upper bounds of the same. Where a bound behind a μ holds with some probability alone, what is missing adds to δ (union
+bound).
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def compose(releases: Iterable[Release], delta: float) -> Composed:
     epsilon = epsilon_of(math.sqrt(math.fsum(part.mu**2 for part in parts)), delta)
     if total >= 1:
         raise LmcError(
-            f"the bounds of {len(parts)} releases fail with a probability of up to {total - delta:.3g} together: with more "
-            "controls and a higher privacy.confidence each they would say something"
+            f"the bounds of {len(parts)} releases fail with a probability of up to {total - delta:.3g} together: with "
+            "more controls and a higher privacy.confidence each they would say something"
         )
     return Composed(epsilon, total)
 

@@ -1,11 +1,11 @@
 """A bound from controls, without any assumption on how residuals are distributed (split conformal prediction).
 
-If the residuals of m control deletions and of the request are exchangeable, the request's is as likely to have any rank among
-the m + 1 as any other. So the k-th smallest of the controls is not below it with probability ≥ k/(m + 1), and
-k = ⌈(m + 1)(1 − α)⌉ is the rank that a coverage of 1 − α takes: that m + 1, where an empirical quantile has m, is the
-finite-sample correction (Vovk, Gammerman & Shafer 2005, §2.2). The coverage is one over the draw of controls and request
-together. Given the controls it is itself random, at least Beta(k, m + 1 − k) (Vovk 2012, §3); what it is in 95 of 100 draws of
-controls is told with it.
+If the residuals of m control deletions and of the request are exchangeable, the request's is as likely to have any
+rank among the m + 1 as any other. So the k-th smallest of the controls is not below it with probability ≥ k/(m + 1),
+and k = ⌈(m + 1)(1 − α)⌉ is the rank that a coverage of 1 − α takes: that m + 1, where an empirical quantile has m, is
+the finite-sample correction (Vovk, Gammerman & Shafer 2005). The coverage is one over the draw of controls and
+request together. Given the controls it is itself random, at least Beta(k, m + 1 − k) (Vovk 2012); what it is in
+95 of 100 draws of controls is told with it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def check_controls(controls: int, confidence: float) -> None:
         raise LmcError(f"privacy.confidence must be between 0 and 1, got {confidence}")
     if controls < needed_controls(confidence):
         raise LmcError(
-            f"privacy.controls={controls} cannot bound a residual with a coverage of {confidence:g}: that takes at least "
-            f"{needed_controls(confidence)}"
+            f"privacy.controls={controls} cannot bound a residual with a coverage of {confidence:g}: that takes at "
+            f"least {needed_controls(confidence)}"
         )
 
 

@@ -1,9 +1,10 @@
 """Residuals of control deletions: the same method on data nobody asked to forget, each retrained by replay.
 
-For a bound by `conformal` the request and its controls must be exchangeable. A request for k samples that might have been any k
-of the log, and m more sets of k from the rest with no sample in two of them, are: any order of the m + 1 disjoint sets is as
-likely as any other. Sets drawn with overlap among each other, as a planner's may be, would not be, since none overlaps with the
-request. Users are not random sets of samples: where they are what is forgotten, the controls are other users (`group_requests`).
+For a bound by `conformal` the request and its controls must be exchangeable. A request for k samples that might have
+been any k of the log, and m more sets of k from the rest with no sample in two of them, are: any order of the m + 1
+disjoint sets is as likely as any other. Sets drawn with overlap among each other, as a planner's may be, would not
+be, since none overlaps with the request. Users are not random sets of samples: where they are what is forgotten, the
+controls are other users (`group_requests`).
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def disjoint_requests(log: TrajectoryLog, request: Counterfactual, count: int, s
     what = "batches" if is_batches else "samples"
     if count * size > len(rest):
         raise LmcError(
-            f"privacy.controls={count} deletions of {size} {what} each, none in two of them, take {count * size}, and the log "
-            f"holds {len(rest)} besides the request: split the request, or lower privacy.confidence and controls"
+            f"privacy.controls={count} deletions of {size} {what} each, none in two of them, take {count * size}, and the "
+            f"log holds {len(rest)} besides the request: split the request, or lower privacy.confidence and controls"
         )
     order = epoch_order(rest, seed, 0)
     drawn = [frozenset(order[i * size : (i + 1) * size]) for i in range(count)]

@@ -1,4 +1,5 @@
-"""The shape of the noise: Σ = σ² S. What counts for privacy is ‖S^{-1/2} r‖ of the residual r, with this S and no other.
+"""The shape of the noise: Σ = σ² S. What counts for privacy is ‖S^{-1/2} r‖ of the residual r, with this S and no
+other.
 
 Isotropic, S = I, or shaped by a subspace: with orthonormal rows Q of shape (r, p)
 

@@ -4,8 +4,8 @@ N(x, Σ) and N(y, Σ) differ, for whoever tells them apart, by μ = ‖Σ^{-1/2}
 
     δ(ε; μ) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ)
 
-(their theorem 8 in the form of Dong, Roth & Su 2022, corollary 1), the same in both directions. It holds for every ε ≥ 0,
-small and large, which σ = √(2 ln(1.25/δ))/ε does not.
+(their theorem 8 in the form of Dong, Roth & Su 2022), the same in both directions. It holds for every ε
+≥ 0, small and large, which σ = √(2 ln(1.25/δ))/ε does not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def epsilon_of(mu: float, delta: float) -> float:
 
 
 def mu_of(epsilon: float, delta: float) -> float:
-    """The largest μ that is (ε, δ)-indistinguishable, rounded down: noise of σ = bound / μ is the least that will do. Local.
+    """The largest μ that is (ε, δ)-indistinguishable, rounded down: the least noise is σ = bound / μ. Local.
 
     Raises:
         LmcError: ε below 0 or not finite, or δ not in (0, 1).

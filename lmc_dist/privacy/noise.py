@@ -2,10 +2,10 @@
 
     z[name, i] = Φ⁻¹(SHAKE-256(key ‖ name ‖ block)[i])           blocks of 2^16 elements of the flattened parameter
 
-The stream is counter-based: a block is a function of the key, the parameter's name and the block's number, so that a shard of
-any cut is made from the blocks it touches, without the rest. SHAKE-256 and not a generator for simulation, since the noise
-must stay unpredictable for somebody who knows part of it. Of each 64 bits one is the sign and 63 the probability of the tail,
-so that both tails reach 9 standard deviations with full precision.
+The stream is counter-based: a block is a function of the key, the parameter's name and the block's number, so that a
+shard of any cut is made from the blocks it touches, without the rest. SHAKE-256 and not a generator for simulation,
+since the noise must stay unpredictable for somebody who knows part of it. Of each 64 bits one is the sign and 63 the
+probability of the tail, so that both tails reach 9 standard deviations with full precision.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def derive_key(seed: bytes, purpose: str, context: Mapping[str, Any]) -> bytes:
     Args:
         seed: At least 32 unpredictable bytes, 64 at most.
         purpose: What they are for.
-        context: JSON: what must not get the same noise twice. Two models with the same noise and different weights would
-            give away their difference.
+        context: JSON: what must not get the same noise twice. Two models with one noise and different weights would give
+            away their difference.
     """
     text = json.dumps([purpose, dict(context)], sort_keys=True).encode()
     return hashlib.blake2b(text, key=seed, digest_size=32).digest()

@@ -77,7 +77,7 @@ def release(
 
 
 def noise_context(run: UnlearningRun) -> dict[str, Any]:
-    """What decides which noise it is: all that would give other weights, or noise of another size, with the same seed."""
+    """What decides which noise it is: all that would give other weights, or noise of another size, by one seed."""
     request, privacy = run.request, asdict(run.config.privacy)
     for name in ("seed_file", "draws", "max_loss_change"):
         privacy.pop(name)
@@ -101,8 +101,8 @@ def shape_of(run: UnlearningRun) -> tuple[Shape, tuple[str, ...]]:
     basis = window.curvature.basis.to(run.runtime.device)
     shape = Subspace(basis, log.layout, [1.0] * len(basis), settings.outside)
     why = (
-        f"the noise is shaped by curvature '{settings.subspace}' at steps up to {max(window.steps)}, which depends on what is "
-        f"forgotten: no window of it ends before step {first}, the first that holds any of it"
+        f"the noise is shaped by curvature '{settings.subspace}' at steps up to {max(window.steps)}, which depends on what "
+        f"is forgotten: no window of it ends before step {first}, the first that holds any of it"
     )
     return shape, () if earlier else (why,)
 
@@ -149,9 +149,7 @@ def exceeded(bound: Bound, shape: Shape, residual: ShardedVector | None) -> tupl
     found = shape.distance(residual)
     if found <= bound.distance:
         return ()
-    return (
-        f"the residual against the reference is {found:.4g} in the metric of the noise, and its bound {bound.distance:.4g}",
-    )
+    return (f"the residual against the reference is {found:.4g} in the noise's metric, its bound {bound.distance:.4g}",)
 
 
 def told_controls(controls: list[Residual]) -> dict[str, Any] | None:
@@ -188,6 +186,6 @@ def check_loss(utility: Utility, limit: float | None) -> None:
     if limit is not None and not (utility.change is not None and utility.change <= limit):
         change = "past all numbers" if utility.change is None else f"by {utility.change:.4g}"
         raise LmcError(
-            f"the noise would change the loss on retained samples {change}, privacy.max_loss_change is {limit:g}: nothing is "
-            "written; a better correction has a smaller bound, and a larger ε or exact replay needs less noise or none"
+            f"the noise would change the loss on retained samples {change}, privacy.max_loss_change is {limit:g}: nothing "
+            "is written; a better correction has a smaller bound, and a larger ε or exact replay needs less noise or none"
         )

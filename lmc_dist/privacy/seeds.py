@@ -1,7 +1,8 @@
 """The seed of the noise: 32 bytes that nobody can guess, and that no result repeats.
 
-Whoever has the seed subtracts the noise. So it comes from the system's randomness and is forgotten at once, or from a file
-that the settings name and whose content never goes into a result; a salted digest says afterwards which one it was.
+Whoever has the seed subtracts the noise. So it comes from the system's randomness and is forgotten at once, or from a
+file that the settings name and whose content never goes into a result; a salted digest says afterwards which one it
+was.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def read_seed(path: str | Path) -> bytes:
 
 
 def seed_digest(secret: bytes, salt: str) -> str:
-    """By which the holder of a seed can show that it was this one; useless to others, since a seed cannot be guessed."""
+    """By which a seed's holder can show that it was this one; useless to others, since a seed cannot be guessed."""
     return hashlib.blake2b(secret, salt=bytes.fromhex(salt), person=b"lmc noise seed").hexdigest()
 
 

@@ -148,6 +148,6 @@ def check_theorem(log: Trajectory, unlearn: UnlearnConfig) -> None:
         why = "the log does not say how long its steps were"
     if why:
         raise LmcError(
-            f"the bound from constants is one for plain SGD and a correction that is propagated to the end, and {why}: give "
-            "the bound itself (privacy.bound), or use privacy.basis controls"
+            f"the bound from constants is one for plain SGD and a correction that is propagated to the end, and {why}: "
+            "give the bound itself (privacy.bound), or use privacy.basis controls"
         )

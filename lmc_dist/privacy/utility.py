@@ -1,10 +1,10 @@
 """What noise costs, measured before it is added: the loss on retained samples at other draws of the same noise.
 
-A quadratic estimate, σ²/2 · tr(S H), needs Hutchinson products for every shape of noise and holds where the loss is still
-quadratic; noise that hides a residual from everybody is often larger than that. A draw costs two evaluations, holds for any σ
-and S, and says when the model would be ruined. Draws come in pairs θ̂ ± n, whose mean has no first-order term: n and −n are
-equally likely, so it stays unbiased, and what is left varies far less. They have keys of their own: the noise that is added in
-the end is neither looked at nor chosen.
+A quadratic estimate, σ²/2 · tr(S H), needs Hutchinson products for every shape of noise and holds where the loss is
+still quadratic; noise that hides a residual from everybody is often larger than that. A draw costs two evaluations,
+holds for any σ and S, and says when the model would be ruined. Draws come in pairs θ̂ ± n, whose mean has no
+first-order term: n and −n are equally likely, so it stays unbiased, and what is left varies far less. They have keys
+of their own: the noise that is added in the end is neither looked at nor chosen.
 """
 
 from __future__ import annotations

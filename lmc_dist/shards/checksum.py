@@ -104,6 +104,29 @@ def _local_checksum_wide(vector: ShardedVector) -> torch.Tensor:
     return total
 
 
+def tensor_checksum(flat: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Σ bits and Σ i · bits of a 1-D tensor, i counted within it: (2,) int64 on its device, wrapping; nothing waits for it.
+
+    Args:
+        flat: 1-D, contiguous, elements of two, four or eight bytes.
+        scratch: float64 on the same device, a whole number of blocks; overwritten.
+    """
+    if flat.element_size() > 4:
+        bits = flat.view(torch.int64)
+        total = torch.zeros(2, dtype=torch.int64, device=flat.device)
+        for i in range(0, bits.numel(), _CHUNK):
+            chunk = bits[i : i + _CHUNK]
+            index = torch.arange(i, i + chunk.numel(), device=flat.device)
+            total += torch.stack([chunk.sum(), (chunk * index).sum()])
+        return total
+    blocks = BlockSums(flat)
+    for start in range(0, flat.numel(), scratch.numel()):
+        blocks.add(start, min(start + scratch.numel(), flat.numel()), scratch)
+    sums = blocks.sums.to(torch.int64)
+    first = torch.arange(len(sums), device=flat.device) * BLOCK
+    return torch.stack([sums[:, 0].sum(), sums[:, 1].sum() + (first * sums[:, 0]).sum()])
+
+
 def format_checksum(total: torch.Tensor) -> str:
     """32 hexadecimal digits of a reduced (2,) checksum."""
     return "".join(f"{int(part) & 0xFFFFFFFFFFFFFFFF:016x}" for part in total)

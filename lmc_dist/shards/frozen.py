@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lmc_dist.shards.layout import ParamSpec, ShardLayout
+from lmc_dist.shards.layout import ParamSpec, ShardLayout, num_replicas
+from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 
 # Attributes that DeepSpeed and FSDP2 hang on modules: their own state, with process groups in it.
@@ -35,7 +36,9 @@ def frozen_layout(module: nn.Module, like: ShardLayout) -> ShardLayout | None:
 
 @torch.no_grad()
 def read_frozen(module: nn.Module, like: ShardLayout) -> ShardedVector | None:
-    """This rank's shards of the frozen parameters, in host memory; None where there are none. Local.
+    """This rank's shards of the frozen parameters, in host memory; None where there are none. Collective.
+
+    They lie by the rule of `like`, or, where that is one of replicas, by `zero3`, so that a sharded module can gather them.
 
     Args:
         module: Whole, partitioned by ZeRO-3, or sharded by FSDP2.
@@ -44,7 +47,10 @@ def read_frozen(module: nn.Module, like: ShardLayout) -> ShardedVector | None:
     layout = frozen_layout(module, like)
     if layout is None:
         return None
-    return read_weights(module, layout)
+    weights = read_weights(module, layout)
+    if num_replicas(layout.rule) == 1:
+        return weights
+    return relayout(weights, ShardLayout(layout.params, layout.rank, layout.world_size, "zero3", layout.group))
 
 
 @torch.no_grad()
@@ -61,7 +67,7 @@ def read_weights(module: nn.Module, layout: ShardLayout) -> ShardedVector:
         if hasattr(parameter, "ds_tensor"):
             shard = parameter.ds_tensor.detach().view(-1)[: slot.local_numel]
         elif isinstance(parameter, DTensor):
-            shard = parameter.to_local().reshape(-1)
+            shard = layout.owned(slot.spec.name, parameter.to_local().reshape(-1))
         else:
             shard = parameter.detach().reshape(-1)[slot.start : slot.end]
         shards[slot.spec.name] = shard.to("cpu", torch.promote_types(shard.dtype, torch.float32), copy=True)

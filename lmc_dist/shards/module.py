@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.gather import all_gather, unpack
-from lmc_dist.shards.layout import ShardLayout
+from lmc_dist.shards.layout import ShardLayout, num_replicas
 from lmc_dist.shards.segments import SegmentedModule
 from lmc_dist.shards.vector import ShardedVector
 
@@ -31,7 +31,7 @@ class ShardedModule:
         frozen: This rank's shards of the parameters that are not trained (`shards.frozen`), over the same ranks.
 
     Raises:
-        LmcError: The layouts do not hold exactly the module's parameters.
+        LmcError: The layouts do not hold exactly the module's parameters, or lie by a rule of replicas.
     """
 
     def __init__(
@@ -48,6 +48,10 @@ class ShardedModule:
                 "the model's trainable parameters are not those of the layout: "
                 f"only in the model {sorted(trainable - set(layout.slots))[:3]}, "
                 f"only in the layout {sorted(set(layout.slots) - trainable)[:3]}"
+            )
+        if any(num_replicas(each.rule) > 1 for each in (layout, layout if frozen is None else frozen.layout)):
+            raise LmcError(
+                f"a sharded module cannot gather what lies by rule '{layout.rule}': lay it out by zero3 (shards.relayout)"
             )
         constants = set() if frozen is None else set(frozen.layout.slots)
         on_meta = [name for name, p in module.named_parameters() if not p.requires_grad and p.is_meta]

@@ -75,6 +75,17 @@ def blank_rows(batch: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str,
     return found
 
 
+def empty_rows(
+    rows: int, width: int, device: torch.device | str = "cpu"
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(inputs, targets) of a pass of `rows` rows of `width` tokens without any sample."""
+    names = ("input_ids", "attention_mask", "labels")
+    batch = {name: torch.zeros(rows, width, dtype=torch.int64, device=device) for name in names}
+    batch = blank_rows(batch, range(rows))
+    labels = batch.pop("labels")
+    return batch, labels
+
+
 def with_blanks(
     inputs: dict[str, torch.Tensor], labels: torch.Tensor, blanks: Sequence[int], width: int | None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import promoted
-from lmc_dist.shards.layout import PartitionRule, ShardLayout
+from lmc_dist.shards.layout import ShardLayout, is_rule
 from lmc_dist.trajectory.files import write_shard_file
 from lmc_dist.trajectory.reader import FLOATS, ShardReader
 from lmc_dist.trajectory.sealed import read_sealed, require_plain, write_sealed
@@ -142,8 +142,8 @@ def load_curvature(log_dir: Path, name: str, layout: ShardLayout, log_fingerprin
     if found["log_fingerprint"] != log_fingerprint:
         raise LmcError(f"curvature '{name}' belongs to another run than the log in {log_dir}: compute it again")
     windows = []
-    dtype, rule = FLOATS.get(str(found.get("dtype"))), cast(PartitionRule, found.get("partition"))
-    if dtype is None or rule not in get_args(PartitionRule):
+    dtype, rule = FLOATS.get(str(found.get("dtype"))), str(found.get("partition"))
+    if dtype is None or not is_rule(rule):
         raise LmcError(f"{folder / DESCRIPTION} is damaged: dtype or partition")
     for i, row in enumerate(found["windows"]):
         place, what = folder / f"window-{i:02d}", f"curvature '{name}', window {i}"

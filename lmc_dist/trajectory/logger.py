@@ -156,6 +156,7 @@ class TrainingLogger:
         self._automatic = True
         self.boundaries: list[Callable[[int], None]] = []  # called with the next step, once a step is recorded
         self._is_paused = False
+        self.has_resumed = False
         self._sent: set[tuple[int, int]] = set()  # samples whose tokens are with rank 0 already
 
     def attach(self, model: Any, optimizer: Any = None, automatic: bool = True, scaler: Any = None) -> None:
@@ -184,6 +185,7 @@ class TrainingLogger:
                 shards.autocast = getattr(torch, autocast)
             manifest = self._manifest(shards)
         resumed = resume(self.log_dir, manifest, shards.layout) if self.resume else None
+        self.has_resumed = resumed is not None
         if resumed is not None:
             self.step = resumed.step
             shards.write(resumed.vectors.pop("theta"))
@@ -196,7 +198,9 @@ class TrainingLogger:
                 f"{error}: set them by shards = engine_shards(model, optimizer); shards.write(shards.read()) before training"
             ) from None
         start = before if resumed is None else relayout(resumed.followed, shards.layout)
-        writer = LogWriter(self.log_dir, manifest, shards.layout, int(self.buffer_mb * 2**20), start, resumed, self.keep_first)
+        writer = LogWriter(
+            self.log_dir, manifest, shards.layout, int(self.buffer_mb * 2**20), start, resumed, self.keep_first
+        )
         attached = _Attached(shards, writer, before)
         self._attached, self._automatic = attached, automatic
         self._snapshot(attached, self.step)
@@ -325,7 +329,10 @@ class TrainingLogger:
         if attached.passes:
             self._register(attached, self.step, lrs, None, applied=False)
             return
-        record = StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False)
+        self._record_idle(attached, StepRecord(self.step, self.step, (), lrs, 0.0, epoch=self.epoch, applied=False))
+
+    def _record_idle(self, attached: _Attached, record: StepRecord) -> None:
+        """Adds the record of a step that changed nothing. Collective."""
         attached.writer.store(self.step, attached.before, attached.before, None, False)
         reports = gather_to_main(attached.writer.report(), attached.shards.layout)
         with agreement(attached.shards.layout.group):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.layout import PartitionRule
+from lmc_dist.shards.layout import is_rule
 from lmc_dist.trajectory.codec import COMPRESSIONS
 from lmc_dist.trajectory.files import MANIFEST_FILE
 from lmc_dist.trajectory.reader import FLOATS
@@ -120,9 +120,8 @@ def _check_segments(manifest: TrajectoryManifest) -> None:
             _is_count(segment.world_size, 1, MAX_RANKS), f"{where}, world_size", segment.world_size, "a number of ranks"
         )
         _require(isinstance(segment.engine, str), f"{where}, engine", segment.engine, "a text")
-        rules = get_args(PartitionRule)
-        is_rule = isinstance(segment.partition, str) and segment.partition in rules
-        _require(is_rule, f"{where}, partition", segment.partition, f"one of {', '.join(rules)}")
+        is_known = is_rule(segment.partition)
+        _require(is_known, f"{where}, partition", segment.partition, "one of zero3, fsdp2, hsdp-R")
         _require(isinstance(segment.run, dict), f"{where}, run", segment.run, "an object")
         is_versions = isinstance(segment.versions, dict) and all(isinstance(v, str) for v in segment.versions.values())
         _require(is_versions, f"{where}, versions", segment.versions, "texts by package")

@@ -17,7 +17,7 @@ import xxhash
 from safetensors import safe_open
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot, shard_bounds
+from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot, num_replicas, shard_bounds
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.codec import COMPRESSIONS, decode, digest, raw_bytes
 from lmc_dist.trajectory.files import FIX_INDEX, FIX_VALUE, header_digest, rank_file
@@ -68,6 +68,10 @@ class ShardReader:
         ranks = {rank for rank, world_size in matches if world_size == self.world_size}
         if len(matches) != len(ranks):
             raise LmcError(f"{what}: {folder} mixes files of different world sizes; the log is damaged")
+        if self.world_size % num_replicas(rule):
+            raise LmcError(
+                f"{what}: {folder} has files of {self.world_size} ranks, which partition '{rule}' cannot be of"
+            )
         missing = sorted(set(range(self.world_size)) - ranks)
         if missing and not is_partial:
             raise LmcError(f"{what}: the file of rank {missing[0]} of {self.world_size} is missing in {folder}")

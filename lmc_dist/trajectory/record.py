@@ -6,7 +6,7 @@ Step s takes θ_s to θ_{s+1} = θ_s + u_s; steps are counted from 0 over the wh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -169,7 +169,7 @@ class Trajectory(Protocol):
 
     layout: ShardLayout
     manifest: TrajectoryManifest
-    edits: Mapping[int, LogEdit]
+    edits: dict[int, LogEdit]
 
     @property
     def first_step(self) -> int:

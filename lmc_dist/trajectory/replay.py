@@ -17,18 +17,20 @@ import torch
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.shards.engines import EngineShards, engine_shards
-from lmc_dist.shards.engines.build import build_engine
+from lmc_dist.shards.engines.build import build_engine, engine_here
 from lmc_dist.shards.engines.driven import NUMERIC
 from lmc_dist.shards.module import set_rng_state
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BatchSource, mask_samples, with_blanks
+from lmc_dist.trajectory.batches import BLANK, BatchSource, empty_rows, mask_samples, with_blanks
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
-from lmc_dist.trajectory.edits import with_open_edits
+from lmc_dist.trajectory.edits import LogEdit, with_open_edits
 from lmc_dist.trajectory.reader import FLOATS
-from lmc_dist.trajectory.record import Segment, TrajectoryManifest
+from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.update_rules.settings import DEEPSPEED_ADAM
+
+FILLER_TOKENS = 8  # of an empty row, where nothing says how many it had
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,11 @@ def replay(
         LmcError: Snapshot missing, or, on the logged engine and world size, a step that does not reproduce its checksum.
     """
     shards = engine_shards(engine)
-    first, passed = 0, {}
+    first = 0
+    passed: dict[int, LogEdit] = {}
     if counterfactual is not None:
-        counterfactual, passed = with_open_edits(counterfactual, log.edits, log.records())
-        first = next((r.step for r in log.records() if counterfactual.touches(r)), log.num_steps)
-    log.require(first, updates=False)
-    start = log.nearest_snapshot(first)
-    if start == first and start > log.first_step and start not in log.edits:
-        start = log.nearest_snapshot(start - 1)  # some unchanged steps, whose checksums certify the rest
+        counterfactual, passed, first = first_change(log, counterfactual)
+    start = replay_start(log, first)
     stand_at(shards, log, start)
     exact = True  # until a step was run in another way than this engine runs it
     if start > 0:
@@ -92,16 +91,45 @@ def replay(
             run_step(shards, edited, batches, log.manifest.loss_normalization)
             steps += 1
         if step < first or counterfactual is None:
-            if exact and checksum(shards.read()) != record.checksum:
-                raise LmcError(
-                    f"replay of step {step} does not reproduce its checksum: other hardware, thread count, package versions "
-                    "or engine settings than in training (see manifest.json), or other data or frozen parameters"
-                )
+            if exact:
+                check_reproduced(shards, record)
             verified += exact
         if step + 1 in log.edits and step + 1 not in passed:  # a correction that stays
             stand_at(shards, log, step + 1)
         progress(step)
     return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
+
+
+def first_change(log: TrajectoryLog, counterfactual: Counterfactual) -> tuple[Counterfactual, dict[int, LogEdit], int]:
+    """(what is left out, earlier corrections that it reaches past, first step that holds any of it). Local."""
+    request, passed = with_open_edits(counterfactual, log.edits, log.records())
+    return request, passed, next((r.step for r in log.records() if request.touches(r)), log.num_steps)
+
+
+def replay_start(log: TrajectoryLog, first: int) -> int:
+    """The snapshot that a replay whose first changed step is `first` goes from. Local.
+
+    Raises:
+        LmcError: What it needs fell out of the ring.
+    """
+    log.require(first, updates=False)
+    start = log.nearest_snapshot(first)
+    if start == first and start > log.first_step and start not in log.edits:
+        start = log.nearest_snapshot(start - 1)  # some unchanged steps, whose checksums certify the rest
+    return start
+
+
+def check_reproduced(shards: EngineShards, record: StepRecord) -> None:
+    """Checks that an engine that has repeated a step holds the weights that training had after it. Collective.
+
+    Raises:
+        LmcError: It does not.
+    """
+    if checksum(shards.read()) != record.checksum:
+        raise LmcError(
+            f"replay of step {record.step} does not reproduce its checksum: other hardware, thread count, package versions "
+            "or engine settings than in training (see manifest.json), or other data or frozen parameters"
+        )
 
 
 def stand_at(shards: EngineShards, log: TrajectoryLog, step: int) -> None:
@@ -177,7 +205,8 @@ def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str
     logged = logged_settings(segment) if settings is None else settings
     if segment.engine.startswith("deepspeed"):
         logged = deepspeed_settings(logged, segment.engine, manifest.max_grad_norm)
-    engine = build_engine(segment.engine, model, lambda module: logged_optimizer(module, manifest), logged)
+    name = engine_here(segment.engine)
+    engine = build_engine(name, model, lambda module: logged_optimizer(module, manifest), logged)
     shards = engine_shards(engine)
     shards.declare_clipping(manifest.max_grad_norm)
     autocast = segment.run.get("autocast")
@@ -225,22 +254,42 @@ def deepspeed_settings(logged: dict[str, Any], engine: str, max_grad_norm: float
     }
 
 
-def run_step(shards: EngineShards, edited: EditedStep, batches: BatchSource, normalization: str) -> None:
+def run_step(
+    shards: EngineShards,
+    edited: EditedStep,
+    batches: BatchSource,
+    normalization: str,
+    attempt: Callable[[], None] | None = None,
+) -> None:
     """One optimizer step of the engine on the edited step's passes. Collective.
 
-    The logged passes are dealt out to the present ranks in order; ranks left without one run a pass without targets.
+    The logged passes are dealt out to the present ranks in order; ranks left without one run a pass without samples.
+
+    Args:
+        shards: Of the engine.
+        edited: The step.
+        batches: Samples by id.
+        normalization: The manifest's `loss_normalization`.
+        attempt: For a logger that watches: called before the passes, also where float16 overflowed and they are run
+            again; every batch then has the field `index`.
     """
     for group, lr in zip(shards.param_groups, edited.record.lr, strict=True):
         group["lr"] = lr
     if hasattr(shards, "replay_scale"):  # DeepSpeed brings its own
         shards.replay_scale = edited.record.loss_scale
     shards.module.train()
-    _run_passes(shards, edited, batches, normalization)
+    if attempt is not None:
+        attempt()
+    _run_passes(shards, edited, batches, normalization, attempt is not None)
     while not shards.step():
-        _run_passes(shards, edited, batches, normalization)
+        if attempt is not None:
+            attempt()
+        _run_passes(shards, edited, batches, normalization, attempt is not None)
 
 
-def _run_passes(shards: EngineShards, edited: EditedStep, batches: BatchSource, normalization: str) -> None:
+def _run_passes(
+    shards: EngineShards, edited: EditedStep, batches: BatchSource, normalization: str, is_indexed: bool
+) -> None:
     rank, world_size = shards.layout.rank, shards.layout.world_size
     passes = edited.micro_batches
     rounds = -(-len(passes) // world_size)
@@ -250,11 +299,10 @@ def _run_passes(shards: EngineShards, edited: EditedStep, batches: BatchSource, 
     for i in range(rounds):
         position = i * world_size + rank
         micro = passes[position] if position < len(passes) else None
-        if micro is None or not micro.record.sample_ids:  # a filler: any sample, no target
-            filler = next(m for m in passes if m.record.sample_ids)
-            inputs, labels = batches.inputs(filler.record.sample_ids[:1])
-            labels = mask_samples(labels, [False])
-            num_items, scale = 1.0, 1.0
+        if micro is None or not micro.record.sample_ids:  # a filler: no sample, no target
+            rows, width = (1, None) if micro is None else (len(micro.record.blanks) or 1, micro.record.width)
+            inputs, labels = empty_rows(rows, width or FILLER_TOKENS, shards.device)
+            num_items, scale = max((p.denominator for p in passes), default=0.0) or 1.0, float(world_size)
         else:
             inputs, labels = batches.inputs(micro.record.sample_ids)
             labels = mask_samples(labels, micro.kept)
@@ -263,9 +311,18 @@ def _run_passes(shards: EngineShards, edited: EditedStep, batches: BatchSource, 
             if normalization == "micro_batch_token_mean":
                 num_items /= len(passes)
             scale = world_size * num_items / micro.denominator
+        if is_indexed:
+            inputs["index"] = torch.tensor([BLANK] * len(labels) if micro is None else row_ids(micro.record))
         if micro is not None and micro.record.random_state is not None:
             state = torch.frombuffer(bytearray(micro.record.random_state), dtype=torch.uint8)
             set_rng_state(state, shards.device)
         is_last = i == rounds - 1
         is_local = micro is not None and micro.record.is_local if is_dealt_as_logged else not is_last
         shards.run_pass({**inputs, "labels": labels}, num_items, scale, is_last, is_local)
+
+
+def row_ids(record: MicroRecord) -> list[int]:
+    """The sample of each row of a pass, BLANK for an empty one; one empty row for a filler without any. Pure."""
+    ids = iter(record.sample_ids)
+    rows = len(record.sample_ids) + len(record.blanks)
+    return [BLANK if row in record.blanks else next(ids) for row in range(rows)] or [BLANK]

@@ -16,7 +16,7 @@ import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, promoted
-from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot
+from lmc_dist.shards.layout import PartitionRule, ShardLayout, Slot, num_replicas
 from lmc_dist.trajectory.edits import EDIT_FILE
 from lmc_dist.trajectory.exchange import gather_to_first, this_rank
 from lmc_dist.trajectory.files import FIX_INDEX, FIX_VALUE, fsync_path, publish_files, step_folder
@@ -64,6 +64,12 @@ def reshard(
         require_free(Path(log_dir))
         log = TrajectoryLog(log_dir)
         manifest = repartitioned(log.manifest, partition)
+        for segment in manifest.all_segments:
+            if ranks % num_replicas(segment.partition):
+                raise LmcError(
+                    f"reshard.ranks={ranks} cannot keep the log's partition '{segment.partition}', which is for a multiple of "
+                    f"{num_replicas(segment.partition)} ranks: give reshard.partition"
+                )
     with promoted(Path(output)) as part:
         written: dict[Item, Any] = {}
         with agreement():

@@ -382,7 +382,9 @@ def drop_before(log_dir: Path, table: StepTable, first_kept: int, keeps_first: b
     With `keeps_first` θ_0 stays.
     """
     for step in snapshot_steps(log_dir):
-        if keeps_first <= step < first_kept:  # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
+        if (
+            keeps_first <= step < first_kept
+        ):  # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
             doomed = log_dir / "snapshots" / f"deleted-{step}"
             (log_dir / snapshot_folder(step)).rename(doomed)
             shutil.rmtree(doomed)

@@ -214,7 +214,7 @@ def check_batches(log: TrajectoryLog, batches: BatchSource) -> Check:
     for record in log.records():
         for micro in record.micro_batches:
             if micro.digest is None:
-                unknown += bool(micro.sample_ids)
+                unknown += bool(micro.sample_ids) and not micro.blanks
                 continue
             inputs, labels = batches.inputs(micro.sample_ids)
             compared += 1

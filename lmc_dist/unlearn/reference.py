@@ -14,6 +14,7 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.training_apart import train_apart
 from lmc_dist.trajectory.counterfactual import edit_step
 from lmc_dist.trajectory.files import read_json
+from lmc_dist.trajectory.rewritten import rewritings
 from lmc_dist.trajectory.store import TrajectoryLog
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ def check_retrain(run: AskedRun) -> None:
     if run.config.data.source == "log":
         raise LmcError(
             "reference 'retrain' reads the data anew, and data.source 'log' has none: give the data, or use 'replay'"
+        )
+    if rewritings(log.manifest):
+        raise LmcError(
+            "the log was rewritten without the data of earlier requests, which a retrain would take up again: use --reference "
+            "replay, or the log of a retrain without all of it"
+        )
+    replicas = log.manifest.run["config"]["train"].get("replicas", 1)
+    if world_size % replicas:
+        raise LmcError(
+            f"the log was trained with train.replicas={replicas}, which a retrain on {world_size} ranks cannot have: start a "
+            f"multiple of {replicas}, or use --reference replay"
         )
     draws = any(m.random_state is not None for record in log.records() for m in record.micro_batches)
     sizes = [segment.world_size for segment in log.manifest.all_segments]

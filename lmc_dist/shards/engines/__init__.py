@@ -48,7 +48,7 @@ def engine_shards(model: Any, optimizer: Any = None, scaler: Any = None) -> Engi
     """The shards of a live engine. Collective.
 
     Args:
-        model: A `DeepSpeedEngine`, a `DistributedDataParallel`, an FSDP2 module, a plain module trained in one process,
+        model: A `DeepSpeedEngine`, a `DistributedDataParallel`, an FSDP2 or HSDP module, a plain module trained in one process,
             or the module inside one of these; or what this function returned.
         optimizer: The optimizer; wrappers by accelerate are opened. A `DeepSpeedEngine` knows its own.
         scaler: The `torch.amp.GradScaler` of the training loop; accelerate's optimizer knows its own.
@@ -61,13 +61,13 @@ def engine_shards(model: Any, optimizer: Any = None, scaler: Any = None) -> Engi
     # Here, since it brings torch's compiler with it: a plan without an engine does without.
     from torch.distributed.fsdp import FSDPModule
 
-    from lmc_dist.shards.engines.fsdp2 import FSDP2Shards
+    from lmc_dist.shards.engines.hsdp import fsdp_shards
 
     scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
     engine = model if is_deepspeed_engine(model) else None
     optimizer = unwrapped(engine.optimizer if engine is not None else optimizer)
     if isinstance(model, FSDPModule):
-        return FSDP2Shards(model, optimizer, scaler)  # type: ignore[arg-type]
+        return fsdp_shards(model, optimizer, scaler)
     kind = deepspeed_kind(optimizer)
     if kind is not None:
         module = model if engine is None else engine.module

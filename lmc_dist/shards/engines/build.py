@@ -11,8 +11,9 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.engines import DDPShards, SingleShards, UnfusedShards, engine_shards
+from lmc_dist.shards.layout import is_rule, shard_ranks
 
-ENGINES = ("deepspeed", "fsdp2", "ddp", "single")
+ENGINES = ("deepspeed", "fsdp2", "hsdp-R", "ddp", "single")
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -20,13 +21,14 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
     """A DeepSpeed engine, or the shards of another one, ready to train. Collective.
 
     Args:
-        name: `deepspeed` with or without a stage behind it (the settings decide), `fsdp2`, `ddp` or `single`.
+        name: `deepspeed` with or without a stage behind it (the settings decide), `fsdp2`, `hsdp-R` (FSDP2 in each of R
+            replicas), `ddp` or `single`.
         model: On every rank with the same weights.
         make_optimizer: The optimizer of a model's trainable parameters.
         settings: DeepSpeed's whole configuration, or what `EngineShards.settings` was.
 
     Raises:
-        LmcError: Unknown engine, or `single` on several ranks.
+        LmcError: Unknown engine, `single` on several ranks, or replicas that do not divide the ranks.
     """
     if name.startswith("deepspeed"):
         import deepspeed
@@ -36,11 +38,9 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
         if isinstance(shards, UnfusedShards):  # steps once on no gradient when it is made, working weights left behind
             shards.write(shards.read())
         return engine
-    if name == "fsdp2":
-        module = shard_fully(model, settings)
-        from lmc_dist.shards.engines.fsdp2 import FSDP2Shards
-
-        return FSDP2Shards(module, make_optimizer(module))
+    if name == "fsdp2" or name.startswith("hsdp-"):
+        module = shard_fully(model, settings, mesh_shape(name))
+        return engine_shards(module, make_optimizer(module))
     if name == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
@@ -50,12 +50,41 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
     raise LmcError(f"unknown engine '{name}'; available: {', '.join(ENGINES)}")
 
 
-def shard_fully(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+def mesh_shape(name: str) -> tuple[int, ...]:
+    """All ranks as `fsdp2` or `hsdp-R` arranges them: (shards,) or (replicas, shards). Local.
+
+    Raises:
+        LmcError: The replicas do not divide the ranks.
+    """
+    world_size = dist.get_world_size()
+    if name == "fsdp2":
+        return (world_size,)
+    try:
+        shards = shard_ranks(world_size, name)
+    except ValueError as error:
+        raise LmcError(f"engine {name} cannot be made of {world_size} ranks: {error}") from None
+    return (world_size // shards, shards)
+
+
+def engine_here(name: str) -> str:
+    """A logged engine as the present ranks can repeat it: HSDP whose replicas do not divide them becomes FSDP2. Local.
+
+    Nothing is lost by it, as another world size rounds otherwise whatever the engine.
+    """
+    try:
+        is_possible = not name.startswith("hsdp-") or shard_ranks(dist.get_world_size(), name) > 0
+    except ValueError:
+        is_possible = not is_rule(name)  # what is no engine at all is refused when it is made
+    return name if is_possible else "fsdp2"
+
+
+def shard_fully(model: nn.Module, settings: dict[str, Any], shape: tuple[int, ...]) -> nn.Module:
     """`fully_shard` of the model's units and of the model.
 
     Args:
         model: Whole on every rank.
         settings: `units`, names of modules, without them each block of the model; `param_dtype`, `reduce_dtype`.
+        shape: Of the mesh: (shards,) or (replicas, shards).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -67,7 +96,8 @@ def shard_fully(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
         for key in ("param_dtype", "reduce_dtype")
     }
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=settings.get("cast_forward_inputs", True))
-    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for name in sorted(settings.get("units") or block_names(model), key=lambda unit: -unit.count(".")):
         if name:
             fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
 from lmc_dist.shards.engines.passes import even_passes, measuring, on_device, prepare_pass
 from lmc_dist.shards.engines.protocol import check_precision
 from lmc_dist.shards.engines.replicated import check_masters
-from lmc_dist.shards.engines.torch_loop import check_layout_of, trainable
+from lmc_dist.shards.engines.torch_loop import trainable
 from lmc_dist.shards.engines.torch_step import TorchStepShards
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
@@ -39,10 +39,11 @@ class FSDP2Shards(TorchStepShards):
         scaler: The loop's `GradScaler`.
 
     Raises:
-        LmcError: Parameters in less than float32, outside FSDP2, over a part of the ranks (HSDP), or sharded by another dimension than rows.
+        LmcError: Parameters in less than float32, outside FSDP2, over a part of the ranks, or sharded by another dimension than rows.
     """
 
     name = "fsdp2"
+    placements: tuple[Placement, ...] = (Shard(0),)
 
     def __init__(self, module: nn.Module, optimizer: Any, scaler: Any = None) -> None:
         self.module = self.wrapper = module
@@ -51,12 +52,27 @@ class FSDP2Shards(TorchStepShards):
         self.parameters = self.masters = trainable(module)
         with agreement(cpu_group()):
             for name, parameter in self.parameters.items():
-                check_placement(name, parameter)
+                self._check_placement(name, parameter)
             self._set_optimizer(optimizer)
-        self.layout = ShardLayout.of_module(module, cpu_group(), rule="fsdp2")
+        self.layout = ShardLayout.of_module(module, cpu_group(), rule=self.name)
         with agreement(self.layout.group):
             for name, parameter in self.parameters.items():
-                check_layout_of(self.layout, name, self._shard(name, parameter).numel())
+                first, last = self.layout.held(name)
+                if (length := self._held(parameter).numel()) != last - first:
+                    raise LmcError(f"this rank holds {length} elements of {name}, its layout {last - first}")
+
+    def _check_placement(self, name: str, parameter: Any) -> None:
+        """Raises LmcError unless the parameter is sharded by rows over all ranks. Local."""
+        if not isinstance(parameter, DTensor):
+            raise LmcError(f"FSDP2: {name} is not sharded (ignored_params, or a submodule outside fully_shard)")
+        mesh, world_size = parameter.device_mesh, dist.get_world_size()
+        if mesh.ndim > 2 or mesh.size() != world_size:
+            raise LmcError(
+                f"FSDP2 over a mesh of {tuple(mesh.shape)} is not supported: shard over all {world_size} ranks, or over a "
+                "mesh (replicas, shards) of all of them"
+            )
+        if parameter.placements != self.placements:
+            raise LmcError(f"FSDP2: {name} is placed {parameter.placements}, supported is {self.placements}")
 
     def _units(self) -> Iterator[Any]:
         """The modules that `fully_shard` was applied to."""
@@ -71,9 +87,13 @@ class FSDP2Shards(TorchStepShards):
             unit.reshard()
 
     @torch.no_grad()
-    def _shard(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The 1-D view of what this rank holds of a tensor that lies like a parameter."""
         assert isinstance(tensor, DTensor)
         return tensor.to_local().view(-1)
+
+    def _shard(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self._held(tensor)
 
     def _fill(self, targets: Callable[[str], torch.Tensor], values: ShardedVector) -> None:
         for name, shard in values.items():
@@ -134,6 +154,8 @@ class FSDP2Shards(TorchStepShards):
                         f"FSDP2 divides gradients by {group.gradient_divide_factor} (set_gradient_divide_factor): only "
                         "gradients averaged over the ranks can be logged"
                     )
+                if group._all_reduce_hook is not None:
+                    raise LmcError("FSDP2 with set_all_reduce_hook cannot be logged: a replay does not know the hook")
         return super().watch(before, after, keeps_gradient)
 
     def is_local_pass(self) -> bool:
@@ -181,8 +203,8 @@ class FSDP2Shards(TorchStepShards):
 
     @contextmanager
     def _displaced(self, theta: ShardedVector) -> Iterator[None]:
-        """The module at θ and without gradients; both are put back. Local."""
-        here = self.read()
+        """The module at θ and without gradients; both are put back. Collective."""
+        here = {name: self._held(p.detach()).to("cpu", copy=True) for name, p in self.parameters.items()}
         gradients = {name: p.grad for name, p in self.parameters.items()}
         self._write_masters(theta)
         for parameter in self.parameters.values():
@@ -190,18 +212,7 @@ class FSDP2Shards(TorchStepShards):
         try:
             yield
         finally:
-            self._write_masters(here)
+            self._reshard()
             for name, parameter in self.parameters.items():
+                self._held(parameter.detach()).copy_(here[name])
                 parameter.grad = gradients[name]
-
-
-def check_placement(name: str, parameter: Any) -> None:
-    """Raises LmcError unless the parameter is sharded by rows over all ranks. Local."""
-    if not isinstance(parameter, DTensor):
-        raise LmcError(f"FSDP2: {name} is not sharded (ignored_params, or a submodule outside fully_shard)")
-    if parameter.device_mesh.ndim != 1 or parameter.device_mesh.size() != dist.get_world_size():
-        raise LmcError(
-            f"FSDP2 over a mesh of {tuple(parameter.device_mesh.shape)} is not supported: shard over all ranks"
-        )
-    if parameter.placements != (Shard(0),):
-        raise LmcError(f"FSDP2: {name} is placed {parameter.placements}, supported is Shard(0)")

@@ -10,7 +10,6 @@ import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.engines.protocol import EngineShards, State
-from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 
 
@@ -131,9 +130,3 @@ class TorchLoopShards(EngineShards):
 def trainable(module: torch.nn.Module) -> dict[str, Any]:
     """Trainable parameters by name, tied ones once."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def check_layout_of(layout: ShardLayout, name: str, length: int) -> None:
-    """Raises LmcError unless a rank's shard is as long as the layout says. Local."""
-    if length != layout.slots[name].local_numel:
-        raise LmcError(f"this rank holds {length} elements of {name}, its layout {layout.slots[name].local_numel}")

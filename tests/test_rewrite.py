@@ -1,0 +1,448 @@
+"""`lmc log rewrite`: the new log is that of training without the data, to the bit, and nothing forgotten is left in a byte of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from forks import Forks
+from test_engine_logs import engine_config
+from test_zero3 import GPT2, LLAMA, build_for_replay, this_runtime, train_job
+
+from lmc_dist.config import Config, ForgetConfig, LogConfig, RewriteConfig
+from lmc_dist.data import SampleDataset
+from lmc_dist.errors import LmcError
+from lmc_dist.runtime import Runtime
+from lmc_dist.trajectory.batches import DatasetBatches
+from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.lock import LogLock
+from lmc_dist.trajectory.record import MicroRecord
+from lmc_dist.trajectory.replay import replay_engine
+from lmc_dist.trajectory.rewrite import Rewritten, remove, rewrite
+from lmc_dist.trajectory.rewrite_logger import without_samples
+from lmc_dist.trajectory.sealed import write_sealed
+from lmc_dist.trajectory.store import TrajectoryLog
+from lmc_dist.trajectory.table import TABLE_FILE, decode_tokens, encode_tokens
+from lmc_dist.trajectory.verify import verify
+
+SALT = bytes(range(32))
+ADAM = {"optimizer": "adamw", "learning_rate": 0.004, "max_grad_norm": 0.05, "weight_decay": 0.1}
+
+
+def config_of(folder: Path, engine: str, model: Any = LLAMA, epochs: int = 3, **log: Any) -> Config:
+    """24 samples in steps of 7, 7, 7 and 3, AdamW with clipping; the tokens are in the log."""
+    config = engine_config(folder, engine, model=model, epochs=epochs, **ADAM)
+    return replace(config, log=LogConfig(**({"save_interval": 2, "save_batch_data": True} | log)))
+
+
+def without(config: Config, request: Counterfactual, name: str) -> Config:
+    """The run that never had the data, logged like the other."""
+    ids = ",".join(map(str, sorted(request.sample_ids or request.batch_ids)))
+    forget = ForgetConfig(
+        samples=ids if request.sample_ids else None,
+        batches=ids if request.batch_ids else None,
+        counterfactual=request.kind,
+    )
+    return replace(config, forget=forget, log_dir=str(Path(config.log_dir).with_name(name)))
+
+
+def replayed(config: Config, request: Counterfactual) -> Rewritten:
+    """The rewriting of a configuration's log. Collective."""
+    from lmc_dist.training import build_dataset
+
+    log = TrajectoryLog(config.log_dir)
+    engine = replay_engine(build_for_replay(config), log)
+    batches = DatasetBatches(build_dataset(config)[0])
+    try:
+        return rewrite(engine, config.log_dir, batches, request, SALT)
+    finally:
+        engine.destroy()
+
+
+def content(log_dir: str) -> dict[str, Any]:
+    """All that two logs of one run have in common: records, digests of all files, snapshots, samples."""
+    log = TrajectoryLog(log_dir)
+    with closing(sqlite3.connect(log.path / TABLE_FILE)) as connection:
+        samples = connection.execute("SELECT id, tokens FROM samples ORDER BY id").fetchall()
+    metas = {n: json.loads((log.path / f"snapshots/step-{n}/meta.json").read_text()) for n in log.snapshots}
+    return {
+        "records": [asdict(record) for record in log.records()],
+        "files": [log.kinds(step) for step in range(log.num_steps)],
+        "snapshots": metas,
+        "samples": [(i, decode_tokens(tokens)) for i, tokens in samples],
+        "normalization": log.manifest.loss_normalization,
+    }
+
+
+def ids_in(log_dir: str | Path) -> set[int]:
+    """Every sample id that a table of a log or a correction names."""
+    with closing(sqlite3.connect(Path(log_dir) / TABLE_FILE)) as connection:
+        found = {i for (i,) in connection.execute("SELECT id FROM samples")}
+        for (micros,) in connection.execute("SELECT micro_batches FROM steps"):
+            found |= {i for micro in json.loads(micros) for i in micro["ids"]}
+    for path in Path(log_dir).glob("snapshots/*/edit.json"):
+        found |= set(json.loads(path.read_text())["sample_ids"])
+    return found
+
+
+def traces(log_dir: str | Path, dataset: SampleDataset, ids: frozenset[int]) -> list[str]:
+    """Files of a log that hold the tokens of a sample, as they are or as the table keeps them."""
+    needles = []
+    for item in dataset.by_id(sorted(ids)):
+        answer = [token for token, label in zip(item["input_ids"], item["labels"], strict=True) if label >= 0]
+        needles += [np.array(answer, dtype).tobytes() for dtype in ("<i4", "<i8")]
+        needles.append(encode_tokens(item["input_ids"], item["labels"]))
+    files = [path for path in Path(log_dir).rglob("*") if path.is_file()]
+    return [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
+
+
+def check_gone(config: Config, request: Counterfactual) -> None:
+    from lmc_dist.training import build_dataset
+
+    assert request.sample_ids.isdisjoint(ids_in(config.log_dir))
+    assert not traces(config.log_dir, build_dataset(config)[0], request.sample_ids)
+    manifest = TrajectoryLog(config.log_dir).manifest
+    assert manifest.dataset_fingerprint is None and manifest.run["config"]["forget"]["samples"] is None
+    entry = manifest.run["rewritten"][-1]
+    assert len(entry["request"]["samples"]) == len(request.sample_ids)
+    assert all(len(digest) == 32 for digest in entry["request"]["samples"])
+    folder = Path(config.log_dir)
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "snapshots", "steps", "steps.sqlite"]
+    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(f"{folder.name}.")] == []
+
+
+# --- replay ------------------------------------------------------------------------------------------------------------
+
+
+def seen_at(log: TrajectoryLog, step: int, number: int) -> frozenset[int]:
+    """Some samples that were first seen at a step."""
+    before = {i for s in range(step) for i in log.record(s).sample_ids}
+    return frozenset(sorted(set(log.record(step).sample_ids) - before)[:number])
+
+
+def equals_training_job(config: Config, kind: str, first: int, again: int) -> dict[str, Any]:
+    """Rewrites a log for two requests one after the other; says how far it is what training without them logs."""
+    from lmc_dist.training import build_dataset
+
+    train_job(config)
+    log = TrajectoryLog(config.log_dir)
+    dataset = build_dataset(config)[0]
+    if kind == "skip":
+        one, other = (Counterfactual("skip", batch_ids=frozenset({s})) for s in (first, again))
+    else:
+        one, other = (Counterfactual(kind, seen_at(log, s, 2)) for s in (first, again))  # type: ignore[arg-type]
+        assert traces(config.log_dir, dataset, one.sample_ids)  # or the search below would prove nothing
+    both = replace(one, sample_ids=one.sample_ids | other.sample_ids, batch_ids=one.batch_ids | other.batch_ids)
+    train_job(without(config, one, "without-one"))
+    train_job(without(config, both, "without-both"))
+    found: dict[str, Any] = {}
+    dist.barrier()
+    for name, request, reference in (("first", one, "without-one"), ("second", other, "without-both")):
+        before = TrajectoryLog(config.log_dir).fingerprint
+        done = replayed(config, request)
+        dist.barrier()
+        mine, theirs = content(config.log_dir), content(str(Path(config.log_dir).with_name(reference)))
+        problems = verify(config.log_dir).problems
+        assert [p.message for p in problems] == []
+        check_gone(config, request)
+        new = TrajectoryLog(config.log_dir)
+        assert (done.before, done.after) == (before, new.fingerprint) and done.exact
+        assert new.manifest.run["rewritten"][-1]["from"] == before
+        found[name] = {key: mine[key] == theirs[key] for key in mine} | {"plan": done.plan, "verified": done.verified}
+        if found[name]["records"] is False:
+            pairs = zip(mine["records"], theirs["records"], strict=True)
+            found[name]["records"] = next((a, b) for a, b in pairs if a != b)
+        dist.barrier()
+    is_exact = kind == "renormalize" and config.log.update_dtype == "float32"
+    found["corrections"] = corrections_agree(config, sorted(other.sample_ids), dataset) if is_exact else True
+    return found
+
+
+def corrections_agree(config: Config, ids: list[int], dataset: SampleDataset) -> bool:
+    """Whether a request on the rewritten log is answered as on the log of the training without the data, to the bit."""
+    from lmc_dist import run_lmcleaner_sample_unlearning
+    from lmc_dist.training import build_config, build_tokenizer
+
+    third = [i for i in dataset.ids if i not in ids][5:6]
+    model = build_config(config.model, build_tokenizer(config))
+    folders = (config.log_dir, str(Path(config.log_dir).with_name("without-both")))
+    v, w = (run_lmcleaner_sample_unlearning(model, folder, third, dataset=dataset).v for folder in folders)
+    return torch.equal(v.flat, w.flat) and v.norm() > 0
+
+
+REPLAYED: dict[str, tuple[str, Any, str, int, int, dict[str, Any]]] = {
+    "zero3, update": ("zero3", LLAMA, "renormalize", 3, 0, {}),
+    "zero3, bfloat16 and zstd": (
+        "zero3",
+        LLAMA,
+        "renormalize",
+        2,
+        3,
+        {"update_dtype": "bfloat16", "compression": "zstd"},
+    ),
+    "zero3, gradient, dropout, zero": ("zero3", GPT2, "zero", 1, 2, {"storage": "gradient", "compression": "zstd"}),
+    "fsdp2, full, batches": ("fsdp2", LLAMA, "skip", 5, 2, {"storage": "full"}),
+    "ddp, ring, batches": ("ddp", GPT2, "skip", 10, 11, {"max_steps": 3}),
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_a_replayed_log_is_that_of_training_without_the_data(
+    ranks: Callable[[int], Any], tmp_path: Path, name: str
+) -> None:
+    engine, model, kind, first, again, log = REPLAYED[name]
+    config = config_of(tmp_path, engine, model, **log)
+    for found in ranks(2).run(equals_training_job, config, kind, first, again):
+        for part in ("first", "second"):
+            same = {key: value for key, value in found[part].items() if key not in ("plan", "verified")}
+            assert all(value is True for value in same.values()), (part, same)
+        assert found["corrections"]
+        assert found["first"]["plan"].first == first
+
+
+# --- remove ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Config, Counterfactual]:
+    """(a run of 2 ranks, the same without some samples, these); they were first seen at step 3."""
+    config = config_of(tmp_path_factory.mktemp("trained"), "zero3", epochs=2)
+    ranks(2).run(train_job, config)
+    request = Counterfactual("renormalize", seen_at(TrajectoryLog(config.log_dir), 3, 2))
+    other = without(config, request, "without")
+    ranks(2).run(train_job, other)
+    return config, other, request
+
+
+@pytest.fixture
+def copy(trained: tuple[Config, Config, Counterfactual], tmp_path: Path) -> Config:
+    """The run in a folder of its own, with the request and the way to rewrite its log."""
+    config, other, _ = trained
+    log_dir = shutil.copytree(config.log_dir, tmp_path / "log")
+    return replace(config, log_dir=str(log_dir), forget=other.forget, rewrite=RewriteConfig("remove"))
+
+
+ALONE = Runtime(0, 1, torch.device("cpu"))
+
+
+def rewritten(config: Config, **settings: Any) -> str:
+    from lmc_dist.log_commands.rewrite import rewrite_log
+
+    return rewrite_log(replace(config, rewrite=replace(config.rewrite, **settings)), ALONE)
+
+
+def resume_job(config: Config) -> list[str]:
+    """Goes on with a run as its log is now; what is said where that must not be."""
+    told = []
+    for wrong in (ForgetConfig(), replace(config.forget, samples="7")):
+        with pytest.raises(LmcError) as caught:
+            train_job(replace(config, forget=wrong))
+        told.append(str(caught.value))
+    train_job(config)
+    return told
+
+
+def test_what_is_removed_can_be_trained_anew(
+    ranks: Any, trained: tuple[Config, Config, Counterfactual], copy: Config, tmp_path: Path
+) -> None:
+    _, reference, request = trained
+    before = TrajectoryLog(copy.log_dir)
+    text = rewritten(replace(copy, json=str(tmp_path / "found.json")))
+    assert "steps 0–2; snapshots 0, 2" in text and "steps 3–7 with all they led to; snapshots 4, 6, 8" in text
+    check_gone(copy, request)
+    log = TrajectoryLog(copy.log_dir)
+    assert log.num_steps == 3 and log.snapshots == [0, 2] and verify(copy.log_dir).problems == []
+    assert list(log.records()) == list(before.records())[:3]
+    assert log.theta(3).norm() > 0  # followed along the links
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["snapshots_removed"] == [4, 6, 8] and found["steps_removed"] == 5 and found["samples"] == 2
+    assert found["fingerprint_before"] == before.fingerprint and found["fingerprint_after"] == log.fingerprint
+    assert "there is nothing to do" in rewritten(copy)
+    told = ranks(2).run(resume_job, replace(copy, resume=True))[0]
+    assert all("was rewritten without 2 samples" in message for message in told)
+    assert content(copy.log_dir) == content(reference.log_dir)  # to the bit what training without the data logs
+    check_gone(copy, request)
+    assert TrajectoryLog(copy.log_dir).manifest.run["rewritten"] == log.manifest.run["rewritten"]
+
+
+def command_job(config: Config, reference: Config) -> tuple[str, bool, list[str]]:
+    """`lmc log rewrite --how replay` and `lmc unlearn` after it. Collective."""
+    from lmc_dist.log_commands.rewrite import rewrite_log
+    from lmc_dist.unlearn.run import unlearn
+
+    text = rewrite_log(replace(config, rewrite=RewriteConfig("replay"), progress="none"), this_runtime())
+    dist.barrier()
+    same = content(config.log_dir) == content(reference.log_dir)
+    second = replace(config, forget=ForgetConfig(samples="5"), output_dir=str(Path(config.log_dir).with_name("out")))
+    second = replace(second, unlearn=replace(config.unlearn, replay_head="all"), progress="none")
+    told = []
+    with pytest.raises(LmcError) as caught:
+        unlearn(replace(second, reference="retrain"), this_runtime())
+    told.append(str(caught.value))
+    result = unlearn(replace(second, reference="replay"), this_runtime())
+    assert result["rel_error"] == 0
+    return text, same, told
+
+
+def test_the_command_replays_and_the_log_answers_further_requests(
+    ranks: Any, trained: tuple[Config, Config, Counterfactual], copy: Config
+) -> None:
+    text, same, told = ranks(2).run(command_job, copy, trained[1])[0]
+    assert (
+        same
+        and "steps 2–7 without the data, 6 gradients, 1 step before the first change found again to the bit" in text
+    )
+    assert "use --reference replay" in told[0]
+    check_gone(copy, trained[2])
+
+
+# --- refused, or only told ---------------------------------------------------------------------------------------------
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_cannot_be_done_is_said_and_changes_nothing(
+    trained: tuple[Config, Config, Counterfactual], copy: Config, tmp_path: Path
+) -> None:
+    first = sorted(seen_at(TrajectoryLog(copy.log_dir), 0, 1))[0]
+    before = state(tmp_path)
+    text = rewritten(copy, dry_run=True)
+    assert "nothing done" in text and "steps 3–7" in text and "without --dry_run" in text
+    for config, message in (
+        (replace(copy, rewrite=RewriteConfig()), "say how"),
+        (replace(copy, forget=ForgetConfig()), "say what to forget"),
+        (replace(copy, forget=ForgetConfig(samples="99999")), "none of the 1 samples"),
+        (replace(copy, forget=ForgetConfig(samples=str(first))), "rewrite it with --how replay, or delete the log"),
+        (replace(copy, forget=ForgetConfig(batches="77")), "1 batch ids are not in the log"),
+        (replace(copy, log_dir=str(tmp_path / "nowhere")), "no trajectory log"),
+        (replace(copy, json=str(tmp_path / "no" / "file.json")), "there is no folder"),
+    ):
+        with pytest.raises(LmcError, match=message):
+            rewritten(config)
+    lock = LogLock(Path(copy.log_dir))
+    for dry in (False, True):
+        with pytest.raises(LmcError, match="is being written by process"):
+            rewritten(copy, dry_run=dry)
+    lock.release()
+    (tmp_path / "log" / "notes.txt").touch()
+    with pytest.raises(LmcError, match=r"notes.txt, which is none of a log's"):
+        rewritten(copy)
+    (tmp_path / "log" / "notes.txt").unlink()
+    (tmp_path / "log.rewriting").mkdir()
+    (tmp_path / "log.rewriting" / "mine.txt").touch()
+    with pytest.raises(LmcError, match="no rewriting left it"):
+        rewritten(copy)
+    shutil.rmtree(tmp_path / "log.rewriting")
+    after = state(tmp_path)
+    after.pop("log.requests/salt.key")
+    assert after == before
+    reference = replace(copy, log_dir=str(shutil.copytree(trained[1].log_dir, tmp_path / "reference")))
+    with pytest.raises(LmcError, match="trained without 2 of the samples already"):
+        remove(reference.log_dir, Counterfactual("renormalize", trained[2].sample_ids | {first}), SALT)
+
+
+def test_rows_of_samples_that_leave_are_empty() -> None:
+    record = MicroRecord(0, 1, (5, 7, 9), 40.0, digest="0" * 16)
+    first = without_samples(record, (True, False, True), 16)
+    assert (first.sample_ids, first.blanks, first.width, first.digest) == ((5, 9), (1,), 16, None)
+    second = without_samples(first, (False, True), 16)
+    assert (second.sample_ids, second.blanks) == ((9,), (0, 1))
+    assert without_samples(second, (False,), 16).blanks == (0, 1, 2)
+
+
+# --- cut off -----------------------------------------------------------------------------------------------------------
+
+EVENTS = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "sqlite3.connect",
+    "ctypes.call_function",
+)
+
+
+def die_at(prefix: str, event: int, count_to: str | None, rank: int) -> None:
+    """Kills this process at its n-th operation on what begins with `prefix`; with `count_to` counts them into a file."""
+    if rank:
+        return
+    left = event
+
+    def hook(name: str, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        if name in EVENTS and args and str(args[0]).startswith(prefix):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if count_to is not None and not str(args[0]).startswith(count_to):
+                os.write(descriptor, b".")
+
+    if count_to is not None:
+        descriptor = os.open(count_to, os.O_WRONLY | os.O_CREAT)
+    sys.addaudithook(hook)
+
+
+def remove_job(config: Config, with_exchange: bool) -> None:
+    from lmc_dist.log_commands.rewrite import rewrite_log
+    from lmc_dist.trajectory import swap
+
+    if not with_exchange:
+        swap.exchange = lambda one, other: False  # as on a file system that cannot
+    rewrite_log(config, ALONE)
+
+
+def check_after_kill(config: Config, old: str, new: str | None) -> str:
+    """Under the log's name is one of two whole logs, or, without an exchange, none for a moment; which one."""
+    if not Path(config.log_dir).exists():
+        return "between"
+    log = TrajectoryLog(config.log_dir)
+    assert log.fingerprint == old or (new is None and log.manifest.run["rewritten"]) or log.fingerprint == new
+    assert verify(config.log_dir).problems == []
+    return "old" if log.fingerprint == old else "new"
+
+
+@pytest.mark.parametrize("with_exchange", [True, False], ids=["exchange", "two renames"])
+def test_killed_at_any_write_either_log_is_whole(
+    forks: Forks, copy: Config, tmp_path: Path, with_exchange: bool, request: pytest.FixtureRequest
+) -> None:
+    """Every write, rename and removal of `--how remove` with LMC_EVERY_KILL=1; about a dozen of them otherwise."""
+    old = TrajectoryLog(copy.log_dir).fingerprint
+    rehearsal = replace(copy, log_dir=str(shutil.copytree(copy.log_dir, tmp_path / "rehearsal" / "log")))
+    before = partial(die_at, rehearsal.log_dir, -1, str(tmp_path / "count"))
+    group = forks.start(tmp_path / "out", 1, remove_job, rehearsal, with_exchange, before=before)
+    assert group.wait() == [0], group.output()
+    events, new = os.path.getsize(tmp_path / "count"), TrajectoryLog(rehearsal.log_dir).fingerprint
+    seen = []
+    step = 1 if os.environ.get("LMC_EVERY_KILL") else max(events // 8, 1)
+    for event in sorted({*range(1, events + 1, step), *range(events - 5, events + 1)}):
+        folder = tmp_path / str(event)
+        config = replace(copy, log_dir=str(shutil.copytree(copy.log_dir, folder / "log", copy_function=os.link)))
+        shutil.copytree(tmp_path / "rehearsal" / "log.requests", folder / "log.requests")
+        before = partial(die_at, config.log_dir, event, None)
+        group = forks.start(folder / "out", 1, remove_job, config, with_exchange, before=before)
+        assert group.wait() == [-signal.SIGKILL], group.output()
+        seen.append(check_after_kill(config, old, new))
+        rewritten(config)  # the same command ends it
+        assert check_after_kill(config, old, new) == "new"
+        assert sorted(p.name for p in folder.iterdir()) == ["log", "log.requests", "out"]
+        shutil.rmtree(folder)
+    assert {"old", "new"} <= set(seen) and seen == sorted(seen, key=["old", "between", "new"].index)
+    print(len(seen), "of", events, "writes:", {place: seen.count(place) for place in ("old", "between", "new")})
