@@ -370,16 +370,20 @@ def refused(message: str) -> Any:
 
 
 def refused_job(folder: Path) -> None:
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     config = small_config(folder, ODD)
     dataset = DATASET(config)
     names = ("replicate", "shard")
-    for ranks_of, message in (
-        ([[0, 2], [1, 3]], r"mesh of ranks \[\[0, 2\], \[1, 3\]\] is not supported"),
-        ([[0, 1]] if dist.get_rank() < 2 else [[2, 3]], r"mesh of \(1, 2\) is not supported"),
+    pipeline = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pipeline", *names))
+    for mesh, message in (
+        (
+            DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=names),
+            r"mesh of ranks \[\[0, 2\], \[1, 3\]\] is not supported",
+        ),
+        (pipeline[names], r"mesh of \(1, 2\) is not supported"),
     ):
-        other = hsdp(build_for_replay(config), DeviceMesh("cpu", ranks_of, mesh_dim_names=names))
+        other = hsdp(build_for_replay(config), mesh)
         with pytest.raises(LmcError, match=message):
             engine_shards(other, sgd(other.parameters()))
 

@@ -44,7 +44,7 @@ def plan_unlearn(config: Config, runtime: Runtime) -> str:
     Raises:
         LmcError: On every rank, before any long work, for whatever does not fit.
     """
-    planned = _without_log(config) if config.plan_unlearn.steps is not None else _with_log(config, runtime)
+    planned = plan_without_log(config) if config.plan_unlearn.steps is not None else _with_log(config, runtime)
     if runtime.is_main:
         write_findings(config.json, to_json(planned))
     return plan_text(planned)
@@ -107,7 +107,7 @@ def _projected(config: Config, log: LogFacts, options: Options, present: int) ->
 # --- without a log -----------------------------------------------------------------------------------------------------
 
 
-def _without_log(config: Config) -> Planned:
+def plan_without_log(config: Config) -> Planned:
     """A plan for an imagined run: no data, no weights, no memory. Local."""
     asked, train, options = config.plan_unlearn, config.train, _options(config)
     assert asked.steps is not None
