@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup peers demo test lint typecheck docs bench clean
+.PHONY: help setup peers demo test coverage lint typecheck docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):[^#]*## */\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,14 @@ demo: $(READY) ## run the demonstration; writes runs/demo
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
+
+TESTS := tests
+coverage: $(READY) $(PEERS) ## run the tests that are not slow (or TESTS=...) and report which lines they reach
+	@mkdir -p runs/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -m "not gpu and not slow" $(TESTS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 lint: $(READY) typecheck ## check style, formatting and types
 	$(BIN)/ruff check

@@ -77,6 +77,7 @@ EXTRAS_REQUIRE = {
         *WANDB,
         *DOCS,
         "scikit-learn",  # the area under the curve, for comparison
+        "coverage>=7.10",
         "pytest",
         "pytest-timeout",
         "hypothesis",

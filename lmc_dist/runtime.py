@@ -180,6 +180,10 @@ def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
     Raises:
         LmcError: Neither.
     """
+    if not folder.exists() and set_aside(folder).exists() and not overwrite:
+        raise LmcError(
+            f"{set_aside(folder)} is what a replacement of {folder} that was cut off left: move it back, or pass --overwrite true"
+        )
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -198,13 +202,23 @@ def remove_folder(folder: Path, group: dist.ProcessGroup | None = None, only_emp
                 folder.rmdir()
 
 
+def set_aside(folder: Path) -> Path:
+    """Where the results that are replaced are for a moment. Pure."""
+    return folder.with_name(folder.name + ".old")
+
+
 @contextmanager
 def promoted(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that replaces `folder` when the block ends well, and is removed when it fails. Collective."""
+    """A temporary sibling that replaces `folder` when the block ends well, and is removed when it fails. Collective.
+
+    Whenever it is cut off, the old results are whole, in `folder` or set aside, until the new ones are in `folder`.
+    """
     part = folder.with_name(folder.name + ".part")
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     with agreement():
         if is_main:
+            if set_aside(folder).exists() and not folder.exists():
+                set_aside(folder).rename(folder)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
     try:
@@ -217,8 +231,11 @@ def promoted(folder: Path) -> Iterator[Path]:
         pass
     with agreement():
         if is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            part.replace(folder)
+            shutil.rmtree(set_aside(folder), ignore_errors=True)
+            if folder.exists():
+                folder.rename(set_aside(folder))
+            part.rename(folder)
+            shutil.rmtree(set_aside(folder), ignore_errors=True)
 
 
 _cpu_groups: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}

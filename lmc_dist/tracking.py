@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from lmc_dist.audit.hidden import hidden
 from lmc_dist.config import Config, WandbConfig
 from lmc_dist.console import Listener
 from lmc_dist.errors import LmcError, first_line
@@ -124,6 +125,12 @@ def check_tracking(settings: WandbConfig) -> None:
         raise LmcError("wandb.mode is online and there is no key: set WANDB_API_KEY, or use --wandb.mode offline")
 
 
+def shown_settings(config: Config) -> dict[str, Any]:
+    """The settings as a server may have them: without the ids of what is forgotten. Pure."""
+    values = asdict(config)
+    return values | {section: hidden(values[section], "not sent") for section in ("forget", "request")}
+
+
 @contextmanager
 def tracked(config: Config, is_main: bool, folder: str | Path | None = None) -> Iterator[Tracker]:
     """A run at Weights & Biases for as long as the block lasts; an error in it marks the run as failed.
@@ -153,7 +160,7 @@ def tracked(config: Config, is_main: bool, folder: str | Path | None = None) -> 
             tags=[tag.strip() for tag in settings.tags.split(",") if tag.strip()],
             mode=effective_mode(settings),  # type: ignore[arg-type]
             dir=None if folder is None or "WANDB_DIR" in os.environ else str(folder),
-            config=asdict(config),
+            config=shown_settings(config),
             # Its own lines would stand between those of the run, and a job's log keeps the output anyway.
             settings=wandb.Settings(console="off", silent=True),
         )

@@ -271,3 +271,44 @@ def test_launched_ranks_exit_with_one_line(tmp_path: Path, launcher: str) -> Non
     assert len(lines) == 1 and "no trajectory log in" in lines[0]
     assert "Traceback" not in done.stderr.split("elastic")[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_results_are_whole_wherever_their_replacement_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmc_dist.runtime import check_replaceable, promoted
+
+    out = tmp_path / "out"
+    renames = Path.rename
+    for cut in (1, 2, None):
+        for folder in (out, out.with_name("out.old"), out.with_name("out.part")):
+            shutil.rmtree(folder, ignore_errors=True)
+        out.mkdir()
+        (out / "result.json").write_text("old")
+        left = [cut]
+
+        def rename(self: Path, target: Path) -> Path:
+            if left[0] is not None:  # noqa: B023
+                left[0] -= 1  # noqa: B023
+                if left[0] == 0:  # noqa: B023
+                    raise KeyboardInterrupt
+            return renames(self, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        try:
+            with promoted(out) as part:
+                (part / "result.json").write_text("new")
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(Path, "rename", renames)
+        places = [out, out.with_name("out.old")]
+        (whole,) = [place for place in places if (place / "result.json").exists()]
+        assert (whole / "result.json").read_text() == ("new" if cut is None else "old")
+        if whole != out:
+            with pytest.raises(LmcError, match="cut off left: move it back"):
+                check_replaceable(out, "result.json", overwrite=False)
+        check_replaceable(out, "result.json", overwrite=True)
+        with promoted(out) as part:
+            assert (out / "result.json").exists()
+            (part / "result.json").write_text("newest")
+        assert (out / "result.json").read_text() == "newest" and not places[1].exists()

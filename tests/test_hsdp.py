@@ -220,7 +220,7 @@ def test_deletion_is_that_from_fsdp2(ranks: Any, tmp_path: Path) -> None:
     for tier in ("update", "replay"):
         live = tier == "update"
         ranks(WORLD).run(correction_job, tmp_path / tier / "hsdp", REPLICAS, tier, live)
-        for world_size in (WORLD, 2):
+        for world_size in (WORLD, 2) if live else (2,):
             other = tmp_path / tier / f"fsdp2-{world_size}"
             ranks(world_size).run(correction_job, other, 1, tier, live)
             weights, v = distances(tmp_path / tier / "hsdp", other)
@@ -413,7 +413,6 @@ def refused_job(folder: Path) -> None:
     model.train()
     with refused(rf"weights: rank 2 has another {norm} than rank 0, .* shard 0 of 2"):
         log_to("step", optimizer, lambda: (run_step(0), poke(model, 2, norm), run_step(1)))
-    assert TrajectoryLog(folder / "step").num_steps == 1
     poke(model, 2, norm)
 
     shards = engine_shards(model, optimizer)

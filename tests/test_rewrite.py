@@ -23,6 +23,7 @@ from forks import Forks
 from test_engine_logs import engine_config
 from test_zero3 import GPT2, LLAMA, build_for_replay, this_runtime, train_job
 
+from lmc_dist.audit.digests import write_salt
 from lmc_dist.config import Config, ForgetConfig, LogConfig, RewriteConfig
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
@@ -420,11 +421,12 @@ def check_after_kill(config: Config, old: str, new: str | None) -> str:
 
 @pytest.mark.parametrize("with_exchange", [True, False], ids=["exchange", "two renames"])
 def test_killed_at_any_write_either_log_is_whole(
-    forks: Forks, copy: Config, tmp_path: Path, with_exchange: bool, request: pytest.FixtureRequest
+    forks: Forks, copy: Config, tmp_path: Path, with_exchange: bool
 ) -> None:
     """Every write, rename and removal of `--how remove` with LMC_EVERY_KILL=1; about a dozen of them otherwise."""
     old = TrajectoryLog(copy.log_dir).fingerprint
     rehearsal = replace(copy, log_dir=str(shutil.copytree(copy.log_dir, tmp_path / "rehearsal" / "log")))
+    write_salt(tmp_path / "rehearsal" / "log.requests" / "salt.key", SALT)
     before = partial(die_at, rehearsal.log_dir, -1, str(tmp_path / "count"))
     group = forks.start(tmp_path / "out", 1, remove_job, rehearsal, with_exchange, before=before)
     assert group.wait() == [0], group.output()

@@ -1,7 +1,7 @@
 """Bounds from control deletions: how often the true residual of a deletion is within the bound that its controls gave.
 
-    .venv/bin/python bench/coverage.py            one process of one thread; takes some minutes
-    .venv/bin/python bench/coverage.py --quick    fewer deletions: to see that it works
+    .venv/bin/python bench/bound_coverage.py            one process of one thread; takes some minutes
+    .venv/bin/python bench/bound_coverage.py --quick    fewer deletions: to see that it works
 
 A Llama-shaped model of a few thousand parameters, plain SGD, two epochs of 120 samples in steps of 12. A trial draws
 a deletion, then the controls that `lmc unlearn --privacy.basis controls` would draw for it, bounds the deletion's
