@@ -136,21 +136,23 @@ class OnlineConfig:
 
     Attributes:
         enabled: Whether training looks for them.
-        hessian_mode: Curvature of their corrections.
+        replay_head: `all`: exact replay on the live engine; or steps replayed before the recursion takes over, or `auto`.
+        hessian_mode: Curvature of the recursion.
         damping: λ.
-        replay_head: Steps replayed before the recursion takes over, `auto`, or `all`: exact replay on the live engine.
         head_tolerance: `auto`: relative difference at which the two count as one.
-        fallback: What is done where a correction cannot be computed: `replay` from a snapshot, or `refuse`.
+        max_growth: A correction that grew by more than this in one step is not trusted; null trusts any.
+        fallback: What is done where a correction cannot be computed or trusted: `replay` from a snapshot, or `refuse`.
         poll_every: Steps between looks at the ledger.
         relearn_per_step: Companions of removed batches that each later batch takes up; 0 leaves them out.
         signing_key: PEM file of the Ed25519 key that signs the audit (`lmc audit keygen`); null does not sign.
     """
 
     enabled: bool = False
+    replay_head: int | Literal["auto", "all"] = "all"
     hessian_mode: str = "GGN"
     damping: float = 0.0
-    replay_head: int | Literal["auto", "all"] = 0
     head_tolerance: float = 0.05
+    max_growth: float | None = 2.0
     fallback: Literal["replay", "refuse"] = "replay"
     poll_every: int = 1
     relearn_per_step: int = 2

@@ -53,3 +53,19 @@ def test_trainer_by_accelerate_launch_with_deepspeed(tmp_path: Path) -> None:
         ["lmc", "unlearn", *settings, *request, "--output_dir", f"{example}/unlearned"]
     )  # on one rank, without DeepSpeed
     assert json.loads((example / "unlearned" / "result.json").read_text())["status"] == "done"
+
+
+@pytest.mark.slow
+def test_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: make peers")
+    example = tmp_path / "example"
+    run(["python", "examples/base.py", "--output", str(example)])
+    script = ["python", "examples/trl_sft.py", "--model", f"{example}/base", "--data", f"{example}/data.jsonl"]
+    run([*script, "--log", f"{example}/log"])
+    log = TrajectoryLog(example / "log")
+    assert log.num_steps == 16 and all(record.loss is not None for record in log.records())
+    settings = ["--data.source", "log", "--model.path", f"{example}/base", "--log_dir", f"{example}/log"]
+    request = ["--forget.samples", "300-303", "--unlearn.replay_head", "all", "--output_dir", f"{example}/out"]
+    run(["lmc", "unlearn", *settings, *request])
+    result = json.loads((example / "out" / "result.json").read_text())
+    assert result["replay"]["bit_exact_world_size"] and result["v_norm"] > 0

@@ -39,6 +39,8 @@ from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.callback import training_log
+from lmc_dist.trajectory.files import step_folder
+from lmc_dist.trajectory.reader import ShardReader
 from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 
@@ -67,6 +69,12 @@ def check_equal_replicas(shards: EngineShards) -> None:
     for rank in range(WORLD):
         assert torch.equal(found[rank], found[rank % 2])
     assert not torch.equal(found[0], found[1][: len(found[0])])
+
+
+def dataset_of(config: Config) -> Any:
+    from lmc_dist.training import build_dataset
+
+    return build_dataset(config)[0]
 
 
 # --- the rule ------------------------------------------------------------------------------------------------------
@@ -120,7 +128,7 @@ def check_relayout() -> None:
 def logged_job(folder: Path) -> dict[str, Any]:
     """An AdamW run: logged in all vectors, repeated to the bit, stopped and resumed to the bit."""
     check_relayout()
-    config = hsdp_config(folder / "run", max_grad_norm=0.05, epochs=2, **ADAMW)
+    config = hsdp_config(folder / "run", max_grad_norm=0.05, **ADAMW)
     shards: Any = trained(config)
     log = check_replay(config)
     manifest, last = log.manifest, log.num_steps - 1
@@ -128,26 +136,20 @@ def logged_job(folder: Path) -> dict[str, Any]:
     assert all(r.applied and r.clip_coef < 1 for r in log.records())
     micros = log.record(0).micro_batches
     assert {m.rank for m in micros} == set(range(WORLD)) and [m.is_local for m in micros] == [True] * 4 + [False] * 4
-    assert sorted(i for r in list(log.records())[:4] for i in r.sample_ids) == sorted(DATASET(config).ids)
+    assert sorted(i for r in log.records() for i in r.sample_ids) == sorted(dataset_of(config).ids)
     assert checksum(whole_weights(shards, log.layout)) == log.record(last).checksum
     assert checksum(log.gradient(last)) and log.gradient(last).norm() == pytest.approx(log.record(last).grad_norm)
     check_equal_replicas(shards)
     sizes = [p.stat().st_size for p in sorted((Path(config.log_dir) / "steps").glob("*/theta*.safetensors"))[:WORLD]]
     shards.destroy()
 
-    cut = hsdp_config(folder / "cut", max_grad_norm=0.05, epochs=2, **ADAMW)
+    cut = hsdp_config(folder / "cut", max_grad_norm=0.05, **ADAMW)
     resumed_job(cut)
     again = TrajectoryLog(cut.log_dir)
     assert [r.checksum for r in again.records()] == [r.checksum for r in log.records()]
     assert [s.engine for s in again.manifest.all_segments] == ["hsdp-2"]
     dist.barrier()
     return {"sizes": sizes, "checksums": [r.checksum for r in log.records()]}
-
-
-def DATASET(config: Config) -> Any:
-    from lmc_dist.training import build_dataset
-
-    return build_dataset(config)[0]
 
 
 def reading_job(log_dir: str) -> list[str]:
@@ -179,6 +181,10 @@ def test_a_run_is_logged_replayed_and_resumed_to_the_bit(ranks: Any, tmp_path: P
         LmcError, match=r"reshard.ranks=3 cannot keep the log's partition 'hsdp-2'.*give reshard.partition"
     ):
         reshard(log_dir, tmp_path / "no", 3)
+    with pytest.raises(LmcError, match="files of 4 ranks, which partition 'hsdp-3' cannot be of"):
+        ShardReader(
+            tmp_path / "run" / "log" / step_folder(0), TrajectoryLog(log_dir).layout, "hsdp-3", "step 0", "theta"
+        )
 
 
 def correction_job(folder: Path, replicas: int, tier: str, live: bool) -> None:
@@ -233,7 +239,7 @@ def elsewhere_job(log_dir: str, config: Config) -> tuple[bool, str, str]:
     """A replay on ranks that two replicas do or do not divide."""
     log = TrajectoryLog(log_dir)
     engine = replay_engine(build_for_replay(config), log)
-    result = replay(engine, log, DatasetBatches(DATASET(config)), request())
+    result = replay(engine, log, DatasetBatches(dataset_of(config)), request())
     engine.destroy()
     return result.exact, engine.name, checksum(result.theta)
 
@@ -299,7 +305,7 @@ def hand_job(folder: Path, precision: str) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     config = small_config(folder, GPT2)
-    dataset = DATASET(config)
+    dataset = dataset_of(config)
     policies = {"bf16": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}, "float64": {}}
     dtype = torch.float64 if precision == "float64" else torch.float32
     model: Any = hsdp(build_for_replay(config).to(dtype), **policies[precision])
@@ -373,7 +379,7 @@ def refused_job(folder: Path) -> None:
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     config = small_config(folder, ODD)
-    dataset = DATASET(config)
+    dataset = dataset_of(config)
     names = ("replicate", "shard")
     pipeline = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pipeline", *names))
     for mesh, message in (

@@ -44,7 +44,7 @@ def online_config(folder: Path, engine: str, online: Mapping[str, Any], **more: 
     """24 samples in batches of 7, 7, 7 and 3, four epochs."""
     tier = more.pop("tier", "update")
     config = engine_config(folder, engine, tier, **({"epochs": 4, "learning_rate": 0.05} | more))
-    return replace(config, online=OnlineConfig(True, **online))
+    return replace(config, online=OnlineConfig(True, **{"replay_head": 0, **online}))
 
 
 def train_with_requests(config: Config, asked: Asked) -> dict[str, Any]:
@@ -352,7 +352,8 @@ def test_a_request_from_another_process_while_training_runs(tmp_path: Path) -> N
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
     lmc = [sys.executable, "-m", "lmc_dist.cli"]
-    command = [*lmc, "train", "--config", str(file), "--online.enabled", "true", "--online.hessian_mode", "exact"]
+    command = [*lmc, "train", "--config", str(file), "--online.enabled", "true", "--online.replay_head", "0"]
+    command += ["--online.hessian_mode", "exact"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
         while not (tmp_path / "log" / "steps" / "step-00000012").exists():
             assert training.poll() is None, training.communicate()[1]
@@ -392,7 +393,7 @@ def test_a_run_that_was_asked_is_not_resumed_without_looking(tmp_path: Path) -> 
     name = ledger.submit([3])[0].name
     check_targets(replace(config, resume=True))  # nothing has been answered yet
     ledger.decide([name], 4)
-    with pytest.raises(LmcError, match="resume with --online.enabled true"):
+    with pytest.raises(LmcError, match=r"resume with --online\.enabled true"):
         check_targets(replace(config, resume=True))
     check_targets(replace(config, resume=True, online=OnlineConfig(True)))
 

@@ -21,18 +21,25 @@ import torch
 import torch.distributed as dist
 from forks import Forks
 from test_engine_logs import engine_config
+from test_faults import finished, tiny_config
+from test_online import online_config, train_with_requests
 from test_zero3 import GPT2, LLAMA, build_for_replay, this_runtime, train_job
 
+from lmc_dist import TrainingLogger
 from lmc_dist.audit.digests import write_salt
-from lmc_dist.config import Config, ForgetConfig, LogConfig, RewriteConfig
+from lmc_dist.config import Config, ForgetConfig, LogConfig, OnlineConfig, RewriteConfig
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
+from lmc_dist.log_commands.inspect import inspect_log
+from lmc_dist.online.ledger import ledger_folder
+from lmc_dist.online.verify import verify_books
 from lmc_dist.runtime import Runtime
+from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.lock import LogLock
 from lmc_dist.trajectory.record import MicroRecord
-from lmc_dist.trajectory.replay import replay_engine
+from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.rewrite import Rewritten, remove, rewrite
 from lmc_dist.trajectory.rewrite_logger import without_samples
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -43,9 +50,9 @@ SALT = bytes(range(32))
 ADAM = {"optimizer": "adamw", "learning_rate": 0.004, "max_grad_norm": 0.05, "weight_decay": 0.1}
 
 
-def config_of(folder: Path, engine: str, model: Any = LLAMA, epochs: int = 3, **log: Any) -> Config:
+def config_of(folder: Path, engine: str, model: Any = LLAMA, **log: Any) -> Config:
     """24 samples in steps of 7, 7, 7 and 3, AdamW with clipping; the tokens are in the log."""
-    config = engine_config(folder, engine, model=model, epochs=epochs, **ADAM)
+    config = engine_config(folder, engine, model=model, epochs=2, **ADAM)
     return replace(config, log=LogConfig(**({"save_interval": 2, "save_batch_data": True} | log)))
 
 
@@ -110,13 +117,14 @@ def traces(log_dir: str | Path, dataset: SampleDataset, ids: frozenset[int]) -> 
     return [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
 
 
-def check_gone(config: Config, request: Counterfactual) -> None:
+def check_gone(config: Config, request: Counterfactual, is_of_lmc: bool = True) -> None:
     from lmc_dist.training import build_dataset
 
     assert request.sample_ids.isdisjoint(ids_in(config.log_dir))
     assert not traces(config.log_dir, build_dataset(config)[0], request.sample_ids)
     manifest = TrajectoryLog(config.log_dir).manifest
-    assert manifest.dataset_fingerprint is None and manifest.run["config"]["forget"]["samples"] is None
+    assert manifest.dataset_fingerprint is None
+    assert not is_of_lmc or manifest.run["config"]["forget"]["samples"] is None
     entry = manifest.run["rewritten"][-1]
     assert len(entry["request"]["samples"]) == len(request.sample_ids)
     assert all(len(digest) == 32 for digest in entry["request"]["samples"])
@@ -185,7 +193,7 @@ def corrections_agree(config: Config, ids: list[int], dataset: SampleDataset) ->
 
 
 REPLAYED: dict[str, tuple[str, Any, str, int, int, dict[str, Any]]] = {
-    "zero3, update": ("zero3", LLAMA, "renormalize", 3, 0, {}),
+    "fsdp2, update": ("fsdp2", LLAMA, "renormalize", 3, 0, {}),
     "zero3, bfloat16 and zstd": (
         "zero3",
         LLAMA,
@@ -196,7 +204,7 @@ REPLAYED: dict[str, tuple[str, Any, str, int, int, dict[str, Any]]] = {
     ),
     "zero3, gradient, dropout, zero": ("zero3", GPT2, "zero", 1, 2, {"storage": "gradient", "compression": "zstd"}),
     "fsdp2, full, batches": ("fsdp2", LLAMA, "skip", 5, 2, {"storage": "full"}),
-    "ddp, ring, batches": ("ddp", GPT2, "skip", 10, 11, {"max_steps": 3}),
+    "ddp, ring, batches": ("ddp", GPT2, "skip", 6, 7, {"max_steps": 3}),
 }
 
 
@@ -214,13 +222,61 @@ def test_a_replayed_log_is_that_of_training_without_the_data(
         assert found["first"]["plan"].first == first
 
 
+def test_a_hand_written_loop_is_rewritten_too(tmp_path: Path) -> None:
+    """One process, a mean over micro-batches; a forgotten sample is a pass of its own, one of a pass, and a whole step."""
+    from lmc_dist.data import collate
+    from lmc_dist.training import build_dataset
+
+    config = config_of(tmp_path, "single")
+    dataset = build_dataset(config)[0]
+    a, b, c, d, e = dataset.ids[:5]
+    steps = [[[a, b], [c]], [[d], [e, a]], [[c], [c]], [[b, c], [d, e]], [[e, d], [a]]]
+    model = build_for_replay(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+    logger = TrainingLogger(
+        config.log_dir,
+        save_interval=2,
+        loss_normalization="micro_batch_token_mean",
+        max_grad_norm=0.1,
+        save_batch_data=True,
+    )
+    logger.attach(model, optimizer)
+    model.train()
+    for passes in steps:
+        for ids in passes:
+            (model(**collate(dataset.by_id(ids), dataset.pad_token_id)).loss / len(passes)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    logger.close()
+
+    def again(request: Counterfactual | None) -> Any:
+        log = TrajectoryLog(config.log_dir)
+        return replay(replay_engine(build_for_replay(config), log), log, DatasetBatches(dataset), request)
+
+    request = Counterfactual("renormalize", frozenset({c}))
+    expected = checksum(again(request).theta)
+    with pytest.raises(LmcError, match="use 'renormalize', or --how remove"):
+        replayed(config, replace(request, kind="zero"))
+    replayed(config, request)
+    log = TrajectoryLog(config.log_dir)
+    records = list(log.records())
+    assert records[-1].checksum == expected and ids_in(config.log_dir) == {a, b, d, e}
+    assert [record.applied for record in records] == [True, True, False, True, True]
+    assert [(m.sample_ids, m.blanks) for m in records[0].micro_batches] == [((a, b), ()), ((), (0,))]
+    found = again(None)  # every step of the new log comes out again
+    assert found.exact and found.verified == 5 and checksum(found.theta) == expected
+    check_gone(config, request, is_of_lmc=False)
+    assert verify(config.log_dir).problems == []
+
+
 # --- remove ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Config, Counterfactual]:
     """(a run of 2 ranks, the same without some samples, these); they were first seen at step 3."""
-    config = config_of(tmp_path_factory.mktemp("trained"), "zero3", epochs=2)
+    config = config_of(tmp_path_factory.mktemp("trained"), "zero3")
     ranks(2).run(train_job, config)
     request = Counterfactual("renormalize", seen_at(TrajectoryLog(config.log_dir), 3, 2))
     other = without(config, request, "without")
@@ -272,6 +328,7 @@ def test_what_is_removed_can_be_trained_anew(
     assert found["snapshots_removed"] == [4, 6, 8] and found["steps_removed"] == 5 and found["samples"] == 2
     assert found["fingerprint_before"] == before.fingerprint and found["fingerprint_after"] == log.fingerprint
     assert "there is nothing to do" in rewritten(copy)
+    assert f"without 2 samples from step 3 on (remove); it was run {before.fingerprint[:12]}" in inspect_log(copy)
     told = ranks(2).run(resume_job, replace(copy, resume=True))[0]
     assert all("was rewritten without 2 samples" in message for message in told)
     assert content(copy.log_dir) == content(reference.log_dir)  # to the bit what training without the data logs
@@ -308,6 +365,54 @@ def test_the_command_replays_and_the_log_answers_further_requests(
     )
     assert "use --reference replay" in told[0]
     check_gone(copy, trained[2])
+
+
+# --- logs that were corrected while training ran -----------------------------------------------------------------------
+
+
+def edited_job(config: Config) -> dict[str, Any]:
+    """Training forgets two requests on the way; then its log is rewritten for a third one. Collective."""
+    asked = {3: [{"sample_ids": [3, 101]}], 6: [{"sample_ids": [204]}]}
+    trained = train_with_requests(config, asked)
+    dist.barrier()
+    assert {status for status, _, _ in trained["requests"]} <= {"applied"}
+    if dist.get_rank() == 0:
+        shutil.copytree(config.log_dir, Path(config.log_dir).with_name("late"))
+        shutil.copytree(f"{config.log_dir}.requests", Path(config.log_dir).with_name("late.requests"))
+    dist.barrier()
+    found: dict[str, Any] = {}
+    late = replace(config, log_dir=str(Path(config.log_dir).with_name("late")), online=OnlineConfig())
+    for name, each, request in (
+        ("all", replace(config, online=OnlineConfig()), Counterfactual("renormalize", frozenset({5}))),
+        ("late", late, Counterfactual("skip", batch_ids=frozenset({9}))),
+    ):
+        done = replayed(each, request)
+        dist.barrier()
+        log = TrajectoryLog(each.log_dir)
+        found[name] = {
+            "edits": (sorted(log.edits), list(done.plan.edits)),
+            "ids": {i for record in log.records() for i in record.sample_ids},
+            "steps": [record.step for record in log.records() if not record.applied],
+            "content": content(each.log_dir),
+            "problems": [p.message for p in verify(each.log_dir).problems],
+            "books": verify_books(each.log_dir, ledger_folder(each.log_dir))[0],
+        }
+        dist.barrier()
+    return found
+
+
+def test_corrections_made_in_training_go_where_a_replay_passes_them(ranks: Any, tmp_path: Path) -> None:
+    config = replace(online_config(tmp_path, "fsdp2", {"replay_head": "all"}, **ADAM), log=LogConfig("update", 2))
+    everything = Counterfactual("renormalize", frozenset({3, 101, 204, 5}))
+    retrain = replace(without(config, everything, "retrain"), online=OnlineConfig())
+    ranks(2).run(train_job, retrain)
+    found = ranks(2).run(edited_job, config)[0]
+    assert found["all"]["edits"] == ([], [3, 6]) and found["late"]["edits"] == ([3, 6], [])
+    assert everything.sample_ids.isdisjoint(found["all"]["ids"]) and found["late"]["steps"] == [9]
+    reference = content(retrain.log_dir)
+    assert found["all"]["content"] == reference
+    for each in found.values():
+        assert each["problems"] == [] and each["books"] == []
 
 
 # --- refused, or only told ---------------------------------------------------------------------------------------------
@@ -388,7 +493,8 @@ def die_at(prefix: str, event: int, count_to: str | None, rank: int) -> None:
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
         nonlocal left
-        if name in EVENTS and args and str(args[0]).startswith(prefix):
+        is_within = name in ("os.remove", "os.rmdir") and args[-1] != -1  # rmtree goes by descriptors
+        if name in EVENTS and args and (is_within or str(args[0]).startswith(prefix)):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -423,7 +529,7 @@ def check_after_kill(config: Config, old: str, new: str | None) -> str:
 def test_killed_at_any_write_either_log_is_whole(
     forks: Forks, copy: Config, tmp_path: Path, with_exchange: bool
 ) -> None:
-    """Every write, rename and removal of `--how remove` with LMC_EVERY_KILL=1; about a dozen of them otherwise."""
+    """At every opening, renaming and removal of `--how remove` with LMC_EVERY_KILL=1; at about a dozen otherwise."""
     old = TrajectoryLog(copy.log_dir).fingerprint
     rehearsal = replace(copy, log_dir=str(shutil.copytree(copy.log_dir, tmp_path / "rehearsal" / "log")))
     write_salt(tmp_path / "rehearsal" / "log.requests" / "salt.key", SALT)
@@ -447,3 +553,40 @@ def test_killed_at_any_write_either_log_is_whole(
         shutil.rmtree(folder)
     assert {"old", "new"} <= set(seen) and seen == sorted(seen, key=["old", "between", "new"].index)
     print(len(seen), "of", events, "writes:", {place: seen.count(place) for place in ("old", "between", "new")})
+
+
+def replay_job(config: Config, request: Counterfactual) -> None:
+    replayed(config, request)
+
+
+def kill_at(place: str, rank: int) -> None:
+    """Kills the first rank when it renames something to, or removes it from, a path that holds `place`."""
+
+    def hook(name: str, args: tuple[Any, ...]) -> None:
+        if name == "os.rename" and place in str(args[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        sys.addaudithook(hook)
+
+
+def test_a_replay_that_was_killed_is_done_anew(forks: Forks, tmp_path: Path) -> None:
+    config = replace(tiny_config(tmp_path / "old", "ddp", steps=8, save_batch_data=True), resume=False)
+    log = finished(forks, config)
+    request = Counterfactual("renormalize", seen_at(log, 2, 1))
+    reference = without(config, request, "reference")
+    finished(forks, reference)
+    old, files = log.fingerprint, content(reference.log_dir)
+    for i, (place, which) in enumerate(
+        {"rewriting/steps/step-00000005": "old", "rewriting/snapshots/step-6": "old", "log.replaced": "new"}.items()
+    ):
+        folder = tmp_path / str(i)
+        each = replace(config, log_dir=str(shutil.copytree(config.log_dir, folder / "log")))
+        group = forks.start(folder / "out", 2, replay_job, each, request, before=partial(kill_at, place))
+        statuses = group.wait()
+        assert statuses[0] == -signal.SIGKILL and statuses[1] != 0, group.output()
+        assert check_after_kill(each, old, None) == which
+        if which == "old":
+            group = forks.start(folder / "again", 2, replay_job, each, request)
+            assert group.wait() == [0, 0], group.output()
+        assert content(each.log_dir) == files

@@ -19,6 +19,7 @@ from lmc_dist.trajectory.files import MANIFEST_FILE, rank_file, step_folder
 from lmc_dist.trajectory.kept import FOLDER as CURVATURE_FOLDER
 from lmc_dist.trajectory.kept import kept_names
 from lmc_dist.trajectory.record import TIERS, TrajectoryManifest
+from lmc_dist.trajectory.rewritten import rewritings
 from lmc_dist.trajectory.size import LogShape, snapshot_bytes, stored_bytes
 from lmc_dist.trajectory.snapshots import read_meta, snapshot_folder
 from lmc_dist.trajectory.table import TABLE_FILE
@@ -75,6 +76,10 @@ def summary(contents: LogContents) -> dict[str, Any]:
     }
     if manifest is not None:
         found["run"] = _run(manifest)
+        found["rewritten"] = [
+            {key: entry[key] for key in ("how", "from", "first_step", "steps", "samples")}
+            for entry in rewritings(manifest)
+        ]
         found["forget"] = _forget(contents, manifest)
         found["bytes"] = _bytes(contents, manifest)
     return found
@@ -217,6 +222,9 @@ def summary_text(found: dict[str, Any]) -> str:
     if found["edits"]:  # corrections while it trained
         made = ", ".join(f"{step} ({method})" for step, method in found["edits"].items())
         lines.append(f"corrected   at step {made}")
+    for entry in found.get("rewritten", []):
+        what = f"without {count(entry['samples'], 'sample')} from step {entry['first_step']} on"
+        lines.append(f"rewritten   {what} ({entry['how']}); it was run {entry['from'][:12]}")
     if found["curvature"]:
         lines.append(f"curvature   {', '.join(found['curvature'])}")
     if forget := found.get("forget"):

@@ -103,7 +103,7 @@ def findings(config: Config, log: TrajectoryLog, plan: RewritePlan, done: Rewrit
         "bit_exact": None if done is None else done.exact,
         "steps_removed": plan.num_steps - plan.stop if plan.how == "remove" else 0,
         "snapshots_kept": list(plan.snapshots),
-        "snapshots_removed": [n for n in log.snapshots if n not in plan.snapshots],
+        "snapshots_removed": [n for n in log.snapshots if n not in plan.snapshots] if plan.how == "remove" else [],
         "edits_removed": list(plan.edits),
         "dropped": list(plan.dropped),
         "fingerprint_before": log.fingerprint,

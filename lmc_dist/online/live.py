@@ -104,8 +104,13 @@ class LiveRun:
             replay_head=settings.replay_head,  # type: ignore[arg-type]
             head_tolerance=settings.head_tolerance,
         )
-        reached = apply_correction(self.shards, correction)
         (audit,) = correction.audit
+        if settings.max_growth is not None and (audit.growth_max or 0.0) > settings.max_growth:
+            raise LmcError(
+                f"the correction grew {audit.growth_max:.3g}-fold in one step, more than online.max_growth={settings.max_growth:g}: "
+                "the tangent does not describe what the deletion did to the optimizer there"
+            )
+        reached = apply_correction(self.shards, correction)
         figures = {
             "v_norm": correction.v.norm(),
             "gradients": correction.gradients_equivalent,

@@ -15,21 +15,24 @@ class OnlineSettings:
     """How requests are answered while training runs.
 
     Attributes:
-        hessian_mode: Curvature of the correction.
+        replay_head: `all`: exact replay on the live engine; or steps replayed before the recursion takes over, or `auto`.
+        hessian_mode: Curvature of the recursion.
         damping: λ.
-        replay_head: Steps replayed before the recursion takes over, `auto`, or `all`: exact replay on the live engine.
         head_tolerance: `auto`: when the two agree.
-        fallback: What is done where the correction cannot be computed (steps whose tensors are gone, divergence, an update rule
-            that is not known): `replay` from a snapshot, or `refuse`.
+        max_growth: A correction that grew by more than this in one step is not trusted: the tangent of a young Adam does
+            not describe what a deletion does to it. None trusts any.
+        fallback: What is done where the correction cannot be computed or trusted (steps whose tensors are gone, divergence, an
+            update rule that is not known): `replay` from a snapshot, or `refuse`.
         poll_every: Steps between looks at the ledger.
         relearn_per_step: Companions of removed batches that each later batch takes up; 0 leaves them out.
         signing_key: PEM file of the Ed25519 key that signs the audit; None does not sign.
     """
 
+    replay_head: int | Literal["auto", "all"] = "all"
     hessian_mode: str = "GGN"
     damping: float = 0.0
-    replay_head: int | Literal["auto", "all"] = 0
     head_tolerance: float = 0.05
+    max_growth: float | None = 2.0
     fallback: Literal["replay", "refuse"] = "replay"
     poll_every: int = 1
     relearn_per_step: int = 2
@@ -46,6 +49,8 @@ class OnlineSettings:
             check_head(self.replay_head, self.head_tolerance)
         if self.fallback not in ("replay", "refuse"):
             raise LmcError(f"online.fallback must be replay or refuse, not {self.fallback!r}")
+        if self.max_growth is not None and not self.max_growth >= 1:
+            raise LmcError(f"online.max_growth must be at least 1 or null, got {self.max_growth}")
         for name, number, least in (("poll_every", self.poll_every, 1), ("relearn_per_step", self.relearn_per_step, 0)):
             if number < least:
                 raise LmcError(f"online.{name} must be at least {least}, got {number}")

@@ -67,8 +67,9 @@ def blank_rows(batch: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str,
     places = torch.tensor(rows, device=batch["labels"].device)
     found = {name: tensor.clone() for name, tensor in batch.items()}
     found["input_ids"][places] = 0
-    found["attention_mask"][places] = 0
-    found["attention_mask"][places, 0] = 1  # attention over nothing at all would be NaN
+    if "attention_mask" in found:
+        found["attention_mask"][places] = 0
+        found["attention_mask"][places, 0] = 1  # attention over nothing at all would be NaN
     found["labels"][places] = IGNORED
     if "index" in found:
         found["index"][places] = BLANK

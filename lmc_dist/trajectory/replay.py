@@ -22,7 +22,7 @@ from lmc_dist.shards.engines.driven import NUMERIC
 from lmc_dist.shards.module import set_rng_state
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BLANK, BatchSource, empty_rows, mask_samples, with_blanks
+from lmc_dist.trajectory.batches import BLANK, BatchSource, blank_rows, empty_rows, mask_samples, with_blanks
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
 from lmc_dist.trajectory.edits import LogEdit, with_open_edits
 from lmc_dist.trajectory.reader import FLOATS
@@ -305,7 +305,10 @@ def _run_passes(
             num_items, scale = max((p.denominator for p in passes), default=0.0) or 1.0, float(world_size)
         else:
             inputs, labels = batches.inputs(micro.record.sample_ids)
-            labels = mask_samples(labels, micro.kept)
+            # As training empties them: attention takes another path where a row is shorter than the others.
+            dropped = [row for row, keep in enumerate(micro.kept) if not keep]
+            inputs = blank_rows({**inputs, "labels": labels}, dropped)
+            labels = inputs.pop("labels")
             inputs, labels = with_blanks(inputs, labels, micro.record.blanks, micro.record.width)
             num_items = micro.denominator
             if normalization == "micro_batch_token_mean":

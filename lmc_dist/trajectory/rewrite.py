@@ -103,8 +103,8 @@ def without(edit: LogEdit, request: Counterfactual) -> LogEdit:
     ids = edit.request.sample_ids - request.sample_ids
     if not ids and edit.request.sample_ids:
         raise LmcError(
-            f"the correction at step {edit.step} is about samples of this request alone, which no step had seen by then: it "
-            "cannot be kept, and stays only where the request begins before it"
+            f"the correction at step {edit.step} stays, and names samples of this request alone, none of which any step before "
+            "it had seen: leave those out of the request"
         )
     relearn = tuple(i for i in edit.relearn if i not in request.sample_ids)
     return replace(edit, request=replace(edit.request, sample_ids=ids), relearn=relearn)
@@ -263,8 +263,8 @@ def _run_steps(
 ) -> tuple[int, int, bool]:
     """Runs the steps from `plan.stop` on and logs them; (gradients, verified steps, exact). Collective."""
     logger = RewriteLogger(output, manifest, log.manifest.segment(plan.num_steps - 1), keeps_first(log))
-    logger.attach(engine)
     try:
+        logger.attach(engine)
         shards, normalization = logger.shards, log.manifest.loss_normalization
         if logger.step != plan.stop:
             raise LmcError(f"log {log.path}: snapshot {plan.stop} is damaged, the steps after it cannot be run again")
@@ -288,7 +288,7 @@ def _run_steps(
 
 def keeps_first(log: TrajectoryLog) -> bool:
     """Whether a ring has kept θ_0 beside its last steps, as `log.keep_first` asks. Local."""
-    gone = (
-        any(r.applied and not log.kinds(r.step) for r in log.records()) if log.manifest.storage != "replay" else False
-    )
-    return log.manifest.max_steps is not None and 0 in log.snapshots and gone
+    if log.manifest.max_steps is None or 0 not in log.snapshots:
+        return False
+    window_start = log.snapshots[-1] - log.manifest.max_steps
+    return any(0 < n <= window_start for n in log.snapshots)  # or the ring would have dropped θ_0

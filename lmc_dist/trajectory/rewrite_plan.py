@@ -59,6 +59,8 @@ def plan_rewrite(log: TrajectoryLog, request: Counterfactual, how: How) -> Rewri
     if others := foreign(log.path):
         raise LmcError(f"log {log.path} holds {others[0]}, which is none of a log's: move it away, it would be deleted")
     check_settings(log.manifest, request)
+    if how == "replay":
+        check_normalization(log.manifest, request)
     stop = replay_start(log, first) if how == "replay" else first
     snapshots = tuple(n for n in log.snapshots if n <= stop)
     if how == "remove" and (first == 0 or not snapshots):
@@ -76,6 +78,21 @@ def plan_rewrite(log: TrajectoryLog, request: Counterfactual, how: How) -> Rewri
 
 def _is_gone(log: TrajectoryLog, step: int, sample: int, request: Counterfactual) -> bool:
     return sample in request.sample_ids or log.record(step).batch_id in request.batch_ids
+
+
+def check_normalization(manifest: TrajectoryManifest, request: Counterfactual) -> None:
+    """Checks that the steps without the data can be logged as they would be trained. Pure.
+
+    Raises:
+        LmcError: What their losses are divided by could not be told from the new log.
+    """
+    if request.kind == "zero" and manifest.loss_normalization == "micro_batch_token_mean":
+        raise LmcError(
+            "the log's losses are means over micro-batches: with counterfactual 'zero' they would be divided by target tokens "
+            "that are no longer there, which no log can say: use 'renormalize', or --how remove"
+        )
+    if request.kind == "renormalize" and manifest.loss_normalization == "given":
+        raise LmcError("the log's loss was divided by a number of unknown origin: use counterfactual 'zero'")
 
 
 def check_settings(manifest: TrajectoryManifest, request: Counterfactual) -> None:

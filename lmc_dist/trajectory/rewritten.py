@@ -50,7 +50,8 @@ def _is_entry(entry: Any) -> bool:
         return False
     ids = [request.get("samples"), request.get("batches")]
     are_texts = all(isinstance(some, list) and all(isinstance(digest, str) for digest in some) for some in ids)
-    return are_texts and all(type(step) is int for step in edits)
+    numbers = [*edits, entry.get("first_step"), entry.get("samples")]
+    return are_texts and isinstance(entry.get("from"), str) and all(type(number) is int for number in numbers)
 
 
 def gone_edits(manifest: TrajectoryManifest) -> set[int]:

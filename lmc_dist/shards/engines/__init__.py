@@ -83,12 +83,21 @@ def engine_shards(model: Any, optimizer: Any = None, scaler: Any = None) -> Engi
         )
     if not isinstance(model, torch.nn.Module):
         raise LmcError(f"cannot read shards of {type(model).__name__}: it is no engine that is known here")
-    wrapper = model if engine is not None or isinstance(model, DistributedDataParallel) else find_wrapper(model)
+    is_wrapper = engine is not None or isinstance(model, DistributedDataParallel)
+    wrapper = model if is_wrapper else find_wrapper(model, optimizer)
     if wrapper is None:
         return SingleShards(model, optimizer, scaler)
     if isinstance(wrapper, DistributedDataParallel):
         return DDPShards(wrapper, optimizer, scaler)
-    if isinstance(unwrapped(wrapper.optimizer), torch.optim.Optimizer):
+    own = unwrapped(wrapper.optimizer)
+    if optimizer is not None and own is not optimizer:
+        raise LmcError(
+            f"the DeepSpeed engine around the model steps its {type(own).__name__}, not the {type(optimizer).__name__} that "
+            "was given: pass the engine itself. A Trainer's second train() under DeepSpeed comes here, and fails without a "
+            "logger as well, since it goes on with the engine that it has destroyed: set trainer.model_wrapped = "
+            "trainer.model before it"
+        )
+    if isinstance(own, torch.optim.Optimizer):
         return ZeRO0Shards(wrapper)
     raise LmcError(
         f"cannot read shards of a DeepSpeed engine with optimizer {type(wrapper.optimizer).__name__}: pass one to "

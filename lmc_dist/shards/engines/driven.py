@@ -62,9 +62,11 @@ class DeepSpeedShards(EngineShards):
 
     Attributes:
         engine: The `DeepSpeedEngine`; None where only its module and optimizer were given.
+        optimizer: DeepSpeed's, or torch's where the engine steps that itself.
     """
 
     engine: Any
+    optimizer: Any
 
     def _engine(self) -> Any:
         """The engine, looked for where it was not given.
@@ -73,7 +75,7 @@ class DeepSpeedShards(EngineShards):
             LmcError: There is none.
         """
         if self.engine is None:
-            self.engine = find_wrapper(self.module)
+            self.engine = find_wrapper(self.module, self.optimizer)
         if self.engine is None:
             raise LmcError("the DeepSpeed engine is needed: pass it, and not its module, to engine_shards()")
         return self.engine

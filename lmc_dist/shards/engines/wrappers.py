@@ -44,10 +44,14 @@ def is_deepspeed_engine(model: Any) -> bool:
     return hasattr(model, "module") and hasattr(model, "set_gradient_accumulation_boundary")
 
 
-def find_wrapper(module: nn.Module) -> Any:
+def find_wrapper(module: nn.Module, optimizer: Any = None) -> Any:
     """The DeepSpeedEngine or DistributedDataParallel around a module, None without one. Local.
 
     Trainers hand the inner module to callbacks, and it does not know what wraps it; the garbage collector does.
+
+    Args:
+        module: The module inside.
+        optimizer: Tells several engines apart: a Trainer's earlier ones live on after they were destroyed.
 
     Raises:
         LmcError: Several wrap it.
@@ -58,9 +62,12 @@ def find_wrapper(module: nn.Module) -> Any:
     gc.collect()  # wrappers that are no longer in use
     found = [o for o in gc.get_objects() if issubclass(type(o), tuple(kinds)) and getattr(o, "module", None) is module]
     if len(found) > 1:
-        raise LmcError(
-            f"{len(found)} engines wrap the same model: pass the one that trains it, not the model inside it"
-        )
+        number = len(found)
+        found = [o for o in found if optimizer is not None and unwrapped(getattr(o, "optimizer", None)) is optimizer]
+        if len(found) != 1:
+            raise LmcError(
+                f"{number} engines wrap the same model: pass the one that trains it, not the model inside it"
+            )
     return found[0] if found else None
 
 
