@@ -91,10 +91,14 @@ class Slurm:
             assert time.monotonic() < deadline, self.run("squeue") + (self.folder / "slurmctld.log").read_text()[-2000:]
             time.sleep(0.2)
 
-    def state(self, job: str) -> str:
-        """RUNNING, PENDING, COMPLETED, FAILED, …"""
+    def states(self, job: str) -> list[str]:
+        """RUNNING, PENDING, COMPLETED, FAILED, … of each task of an array; those that wait count as one."""
         words = self.run("scontrol", "show", "job", job).split()
-        return next(word for word in words if word.startswith("JobState=")).removeprefix("JobState=")
+        return [word.removeprefix("JobState=") for word in words if word.startswith("JobState=")]
+
+    def state(self, job: str) -> str:
+        """That of a job which is no array."""
+        return self.states(job)[0]
 
     def close(self) -> None:
         """Ends all daemons, and the jobs with them."""

@@ -71,11 +71,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     cluster.close()
 
 
-def submit(slurm: Slurm, folder: Path, job: str, launcher: str, config: Path, *options: str) -> str:
-    """The number of a job on two nodes, one rank each."""
+def submit(
+    slurm: Slurm, folder: Path, job: str, launcher: str, config: Path | None, *options: str, nodes: int = 2
+) -> str:
+    """The number of a job on that many nodes, one rank each; a sweep is an array of two tasks."""
     script = folder / f"{job}-{launcher}.sbatch"
     settings = SlurmConfig(
-        nodes=2,
+        nodes=nodes,
+        array=2,
         ranks_per_node=1,
         cpus_per_rank=1,
         gpus_per_node=0,
@@ -83,7 +86,7 @@ def submit(slurm: Slurm, folder: Path, job: str, launcher: str, config: Path, *o
         time="00:10:00",
         grace=60,  # type: ignore[arg-type]
     )
-    script.write_text(render(job, settings, str(config)))
+    script.write_text(render(job, settings, None if config is None else str(config)))
     path = f"{BIN}:{os.environ['PATH']}:/usr/sbin"
     return slurm.run("sbatch", "--parsable", "--chdir", str(folder), str(script), *options, PATH=path).strip()
 
@@ -92,6 +95,46 @@ def output(folder: Path) -> str:
     texts = [path.read_text(errors="replace") for path in sorted(folder.glob("*.out"))]
     texts += [path.read_text(errors="replace") for path in sorted((folder / "logs").rglob("*")) if path.is_file()]
     return "\n".join(texts)[-6000:]
+
+
+@pytest.mark.slow
+def test_the_tasks_of_an_array_share_a_sweep(slurm: Slurm, tmp_path: Path) -> None:
+    """Four cells by two tasks, which train once between them; the sweep's own command then only shows the table."""
+    settings: dict[str, Any] = {
+        "data": {"people": 3, "facts_per_person": 4, "max_length": 64},
+        "model": {"config": LLAMA, "vocab_size": 280},
+        "train": {"max_steps": 4, "batch_size": 5, "learning_rate": 0.02, "engine": "single"},
+        "forget": {"split": "person-1"},
+        "cell": {"evaluate": False},
+        "progress": "none",
+    }
+    base, file, folder = (tmp_path / name for name in ("base.yaml", "sweep.yaml", "sweep"))
+    base.write_text(yaml.safe_dump(settings))
+    command = ["python", "${program}", "--config", str(base), "--cell.folder", "${envvar:LMC_OUTPUT}", "${args}"]
+    methods = {"cell.method": {"values": ["do_nothing", "tim", "replay", "retrain"]}}
+    sweep = {"program": str(REPO / "launch/cell.py"), "method": "grid", "command": command, "parameters": methods}
+    file.write_text(yaml.safe_dump(sweep))
+    script = tmp_path / "sweep.sbatch"
+    script.write_text(render("sweep", SlurmConfig(ranks_per_node=1, cpus_per_rank=1, gpus_per_node=0, array=2)))
+    path, options = f"{BIN}:{os.environ['PATH']}:/usr/sbin", [str(file), "--output", str(folder)]
+    job = slurm.run(
+        "sbatch", "--parsable", "--chdir", str(tmp_path), str(script), *options, "--sweep.fork", "true", PATH=path
+    ).strip()
+    slurm.wait(lambda: not {"RUNNING", "PENDING", "COMPLETING"} & set(slurm.states(job)), 240)
+    assert slurm.states(job) == ["COMPLETED"] * 2, output(tmp_path)
+    rows = {path: read_json(path) for path in folder.glob("cells/*/row.json")}
+    errors = {row["method"]: row["rel_error"] for row in rows.values()}
+    assert set(errors) == set(methods["cell.method"]["values"]) and all(row["failure"] is None for row in rows.values())
+    assert errors["do_nothing"] == 1 and errors["replay"] == errors["retrain"] == 0 < errors["tim"]
+    assert (
+        len(list((folder / "shared").iterdir())) == 2
+    )  # one training run and one retrain, of whichever task came first
+    for task in range(2):
+        assert f"part {task} of 2: 2 cells, 0 failed" in (tmp_path / f"lmc-sweep-{job}_{task}.out").read_text()
+    before = {path: path.stat().st_mtime_ns for path in rows}
+    done = subprocess.run([str(BIN / "lmc"), "sweep", *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "exact replay" in done.stdout, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in rows} == before and (folder / "report/report.html").exists()
 
 
 @pytest.mark.slow
@@ -147,3 +190,44 @@ def test_a_job_on_two_nodes_is_requeued_and_ends_as_if_it_had_not_been(slurm: Sl
     bad = submit(slurm, tmp_path, "unlearn", "srun", config, "--log_dir", str(tmp_path / "nowhere"))
     slurm.wait(lambda: slurm.state(bad) not in ("RUNNING", "PENDING", "COMPLETING"), 120)
     assert slurm.state(bad) == "FAILED" and "nowhere" in output(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_shared_out_to_the_tasks_of_an_array(slurm: Slurm, tmp_path: Path) -> None:
+    base = {
+        "data": {"people": 3, "facts_per_person": 4, "max_length": 64},
+        "model": {"config": LLAMA, "vocab_size": 280},
+        "train": {"epochs": 2, "batch_size": 5, "micro_batch_size": 5, "learning_rate": 0.02, "engine": "single"},
+        "forget": {"split": "person-1"},
+        "cell": {"folder": str(tmp_path / "cells"), "evaluate": False},
+        "progress": "none",
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    sweep = {
+        "program": str(REPO / "launch" / "cell.py"),
+        "method": "grid",
+        "command": [
+            "${env}",
+            "torchrun",
+            "--standalone",
+            "${program}",
+            "--config",
+            str(tmp_path / "base.yaml"),
+            "${args}",
+        ],
+        "parameters": {"cell.method": {"values": ["do_nothing", "tim", "replay", "lmcleaner"]}},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    options = [str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "cells"), "--sweep.fork", "true"]
+    job = submit(slurm, tmp_path, "sweep", "torchrun", None, *options, nodes=1)
+    tasks = [f"{job}_{i}" for i in range(2)]
+    slurm.wait(lambda: all(slurm.state(t) not in ("RUNNING", "PENDING", "COMPLETING") for t in tasks), 240)
+    assert [slurm.state(task) for task in tasks] == ["COMPLETED"] * 2, output(tmp_path)
+    rows = [read_json(path) for path in (tmp_path / "cells" / "cells").glob("*/row.json")]
+    errors = {
+        row["settings"]["cell.method"] if "cell.method" in row["settings"] else row["label"]: row["rel_error"]
+        for row in rows
+    }
+    assert len(rows) == 4 and sorted(errors.values())[0] == 0 and sorted(errors.values())[-1] >= 1, errors
+    done = [path.read_text().count("rel_error") for path in sorted(tmp_path.glob("lmc-sweep-*.out"))]
+    assert len(done) == 2 and all(done), output(tmp_path)

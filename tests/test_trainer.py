@@ -122,6 +122,41 @@ def test_trainer_run_is_logged_and_replayed_to_the_bit(tmp_path: Path, engine: s
     )  # of one token, whatever the number of ranks
 
 
+def second_training_job(folder: Path, engine_name: str) -> tuple[bool, bool, int]:
+    """Trains twice, a log each: whether the second log begins where the first ended, and its replay."""
+    from test_zero3 import build_for_replay
+
+    from lmc_dist import TrainingLogger, TrainingLoggerCallback
+    from lmc_dist.shards.checksum import checksum
+    from lmc_dist.trajectory.batches import DatasetBatches
+    from lmc_dist.trajectory.replay import replay, replay_engine
+
+    trainer, dataset, _ = make_trainer(folder, configured=True, optimizer="adamw_torch", engine=engine_name)
+    trainer.train()
+    trainer.remove_callback(TrainingLoggerCallback)
+    trainer.add_callback(TrainingLoggerCallback(TrainingLogger(str(folder / "second"), save_interval=3)))
+    with pytest.raises(LmcError, match=r"set trainer\.model_wrapped = trainer\.model"):
+        trainer.train()  # on an engine that is destroyed: it fails without a logger too
+    assert not (folder / "second").exists()
+    trainer.model_wrapped = trainer.model
+    trainer.train()
+    first, second = TrajectoryLog(folder / "log"), TrajectoryLog(folder / "second")
+    follows = checksum(second.theta(0)) == checksum(first.theta(first.num_steps))
+    result = replay(
+        replay_engine(build_for_replay(small_config(folder, GPT2)), second), second, DatasetBatches(dataset)
+    )
+    return follows, checksum(result.theta) == second.record(3).checksum, result.verified
+
+
+@pytest.mark.parametrize("engine", ["deepspeed-zero3", "deepspeed-zero0"])
+def test_a_second_training_is_told_what_to_do_and_then_logged(tmp_path: Path, engine: str) -> None:
+    pool = Pool(2)
+    try:
+        assert pool.run(second_training_job, tmp_path, engine) == [(True, True, 4)] * 2
+    finally:
+        pool.close()
+
+
 def silent_single_process_job(folder: Path) -> str:
     import deepspeed
 

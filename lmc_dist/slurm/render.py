@@ -15,6 +15,11 @@ JOBS = {
     "unlearn": "An unlearning run on any number of nodes; a stopped job goes on from its last mark.",
     "sweep": "A sweep, its cells shared out to the tasks of an array; finished cells are not run again.",
 }
+EXAMPLES = {
+    "train": "--log_dir runs/log",
+    "unlearn": "--log_dir runs/log",
+    "sweep": "FILE --output runs/sweep",
+}
 LAUNCHERS = ("torchrun", "deepspeed", "srun")
 
 
@@ -40,12 +45,13 @@ def render(job: str, slurm: SlurmConfig, config: str | None = None) -> str:
     command = {
         "train": "train --resume true",
         "unlearn": "unlearn",
-        "sweep": 'sweep --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"',
+        "sweep": 'sweep --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" --ranks "$RANKS_PER_NODE"',
     }
     return environment.from_string(source).render(
         job=job,
         what=JOBS[job],
         file=f"{job}.sbatch",
+        example=EXAMPLES[job],
         slurm=slurm,
         arguments=" ".join([*map(shlex.quote, arguments), slurm.arguments]).strip(),
         command=command[job],
