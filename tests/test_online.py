@@ -103,10 +103,14 @@ def run_all(config: Config, asked: Asked, forgotten: Sequence[int]) -> tuple[dic
     return trained, distances(config, request, retrain)
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_replay_online_is_retraining(ranks: Callable[[int], Any], tmp_path: Path, engine: str) -> None:
-    config = online_config(tmp_path, engine, {"replay_head": "all"}, **ADAM)
-    trained, found = ranks(2).run(run_all, config, SAMPLES, sorted(IDS))[0]
+@pytest.mark.parametrize(
+    ("engine", "world_size", "more"), [("zero3", 2, {}), ("fsdp2", 2, {}), ("fsdp2", 4, {"replicas": 2})]
+)
+def test_replay_online_is_retraining(
+    ranks: Callable[[int], Any], tmp_path: Path, engine: str, world_size: int, more: dict[str, Any]
+) -> None:
+    config = online_config(tmp_path, engine, {"replay_head": "all"}, **ADAM, **more)
+    trained, found = ranks(world_size).run(run_all, config, SAMPLES, sorted(IDS))[0]
     assert [status for status, _, _ in trained["requests"]] == ["applied"] * 3
     assert found["edits"] == [3, 6, 9]
     assert found["end"] == found["replay"] == found["retrain"] == trained["checksum"]

@@ -499,7 +499,8 @@ def die_at(prefix: str, event: int, count_to: str | None, rank: int) -> None:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             if count_to is not None and not str(args[0]).startswith(count_to):
-                os.write(descriptor, b".")
+                is_swap = name == "os.rename" and str(args[0]) in (prefix, f"{prefix}.rewriting")
+                os.write(descriptor, b"|" if is_swap else b".")
 
     if count_to is not None:
         descriptor = os.open(count_to, os.O_WRONLY | os.O_CREAT)
@@ -536,10 +537,11 @@ def test_killed_at_any_write_either_log_is_whole(
     before = partial(die_at, rehearsal.log_dir, -1, str(tmp_path / "count"))
     group = forks.start(tmp_path / "out", 1, remove_job, rehearsal, with_exchange, before=before)
     assert group.wait() == [0], group.output()
-    events, new = os.path.getsize(tmp_path / "count"), TrajectoryLog(rehearsal.log_dir).fingerprint
+    marks, new = (tmp_path / "count").read_text(), TrajectoryLog(rehearsal.log_dir).fingerprint
+    step = 1 if os.environ.get("LMC_EVERY_KILL") else max(len(marks) // 5, 1)
+    swaps = [place + 1 for place, mark in enumerate(marks) if mark == "|"]
     seen = []
-    step = 1 if os.environ.get("LMC_EVERY_KILL") else max(events // 8, 1)
-    for event in sorted({*range(1, events + 1, step), *range(events - 5, events + 1)}):
+    for event in sorted({*range(1, len(marks) + 1, step), *swaps, *(place + 1 for place in swaps)}):
         folder = tmp_path / str(event)
         config = replace(copy, log_dir=str(shutil.copytree(copy.log_dir, folder / "log", copy_function=os.link)))
         shutil.copytree(tmp_path / "rehearsal" / "log.requests", folder / "log.requests")
@@ -551,8 +553,10 @@ def test_killed_at_any_write_either_log_is_whole(
         assert check_after_kill(config, old, new) == "new"
         assert sorted(p.name for p in folder.iterdir()) == ["log", "log.requests", "out"]
         shutil.rmtree(folder)
-    assert {"old", "new"} <= set(seen) and seen == sorted(seen, key=["old", "between", "new"].index)
-    print(len(seen), "of", events, "writes:", {place: seen.count(place) for place in ("old", "between", "new")})
+    assert set(seen) == {"old", "new"} | (set() if with_exchange else {"between"}) and seen == sorted(
+        seen, key=["old", "between", "new"].index
+    )
+    print(len(seen), "of", len(marks), "writes:", {place: seen.count(place) for place in ("old", "between", "new")})
 
 
 def replay_job(config: Config, request: Counterfactual) -> None:
