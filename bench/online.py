@@ -122,7 +122,7 @@ def work(folder: str, data: str, model: str, optimizer: str, methods: Sequence[s
     opened = open_logged_run(config, Runtime(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
     rows = []
     for name in methods:
-        online = replace(config, online=OnlineConfig(True, **METHODS[name]), log_dir=str(Path(folder) / name))
+        online = replace(config, online=OnlineConfig(enabled=True, **METHODS[name]), log_dir=str(Path(folder) / name))
         seconds, cost, requests = run(online, asked)
         reached = end(online.log_dir)
         row: dict[str, Any] = {
@@ -154,7 +154,9 @@ def work(folder: str, data: str, model: str, optimizer: str, methods: Sequence[s
     polls: dict[str, list[float]] = {"off": [], "on": []}
     for i in range(rounds):
         for name in polls:
-            again = replace(config, online=OnlineConfig(name == "on"), log_dir=str(Path(folder) / f"poll-{name}-{i}"))
+            again = replace(
+                config, online=OnlineConfig(enabled=name == "on"), log_dir=str(Path(folder) / f"poll-{name}-{i}")
+            )
             polls[name].append(run(again, {})[0])
     return rows, polls
 

@@ -27,7 +27,7 @@ _PUBLIC = {
     "LMCleanerBatchLevel": "lmc_dist.trainers.lmcleaner",
     "LMCleanerSampleLevel": "lmc_dist.trainers.lmcleaner",
     "OnlineUnlearning": "lmc_dist.online.service",
-    "OnlineSettings": "lmc_dist.online.settings",
+    "OnlineSettings": "lmc_dist.config",
     "unlearn_online": "lmc_dist.online.hf",
     "Ledger": "lmc_dist.online.ledger",
     "LmcError": "lmc_dist.errors",

@@ -131,23 +131,22 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class OnlineConfig:
-    """Deletion requests that come while training runs (`lmc forget`, docs/online.md).
+class OnlineSettings:
+    """How deletion requests are answered while training runs.
 
     Attributes:
-        enabled: Whether training looks for them.
         replay_head: `all`: exact replay on the live engine; or steps replayed before the recursion takes over, or `auto`.
         hessian_mode: Curvature of the recursion.
         damping: λ.
         head_tolerance: `auto`: relative difference at which the two count as one.
-        max_growth: A correction that grew by more than this in one step is not trusted; null trusts any.
+        max_growth: A correction that grew by more than this in one step is not trusted, since the tangent of a young Adam
+            does not describe what a deletion does to it; null trusts any.
         fallback: What is done where a correction cannot be computed or trusted: `replay` from a snapshot, or `refuse`.
         poll_every: Steps between looks at the ledger.
         relearn_per_step: Companions of removed batches that each later batch takes up; 0 leaves them out.
         signing_key: PEM file of the Ed25519 key that signs the audit (`lmc audit keygen`); null does not sign.
     """
 
-    enabled: bool = False
     replay_head: int | Literal["auto", "all"] = "all"
     hessian_mode: str = "GGN"
     damping: float = 0.0
@@ -157,6 +156,17 @@ class OnlineConfig:
     poll_every: int = 1
     relearn_per_step: int = 2
     signing_key: str | None = None
+
+
+@dataclass(frozen=True)
+class OnlineConfig(OnlineSettings):
+    """Deletion requests that come while training runs (`lmc forget`, docs/online.md).
+
+    Attributes:
+        enabled: Whether training looks for them.
+    """
+
+    enabled: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ from lmc_dist.errors import LmcError, first_line
 from lmc_dist.export import export_model
 from lmc_dist.online.ledger import asked_before
 from lmc_dist.online.service import OnlineUnlearning
-from lmc_dist.online.settings import OnlineSettings
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine as build_any_engine
@@ -329,8 +328,7 @@ class Trainer:
         self.logger.attach(self.engine)
         if self.config.online.enabled:
             batches = DatasetBatches(self.dataset, self.runtime.device)
-            settings = OnlineSettings(**{k: v for k, v in asdict(self.config.online).items() if k != "enabled"})
-            self.online = OnlineUnlearning(self.logger, batches, settings, self.dataset.ids)
+            self.online = OnlineUnlearning(self.logger, batches, self.config.online, self.dataset.ids)
         started, losses = time.perf_counter(), []
         first = self.logger.step
         if first and self.runtime.is_main:

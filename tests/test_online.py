@@ -44,7 +44,7 @@ def online_config(folder: Path, engine: str, online: Mapping[str, Any], **more: 
     """24 samples in batches of 7, 7, 7 and 3, four epochs."""
     tier = more.pop("tier", "update")
     config = engine_config(folder, engine, tier, **({"epochs": 4, "learning_rate": 0.05} | more))
-    return replace(config, online=OnlineConfig(True, **{"replay_head": 0, **online}))
+    return replace(config, online=OnlineConfig(enabled=True, **{"replay_head": 0, **online}))
 
 
 def train_with_requests(config: Config, asked: Asked) -> dict[str, Any]:
@@ -399,7 +399,7 @@ def test_a_run_that_was_asked_is_not_resumed_without_looking(tmp_path: Path) -> 
     ledger.decide([name], 4)
     with pytest.raises(LmcError, match=r"resume with --online\.enabled true"):
         check_targets(replace(config, resume=True))
-    check_targets(replace(config, resume=True, online=OnlineConfig(True)))
+    check_targets(replace(config, resume=True, online=OnlineConfig(enabled=True)))
 
 
 def test_a_new_run_does_not_begin_beside_an_old_ledger(ranks: Callable[[int], Any], tmp_path: Path) -> None:

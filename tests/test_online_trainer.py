@@ -11,9 +11,9 @@ from pool import Pool
 from test_trainer import make_trainer
 from test_zero3 import GPT2, build_for_replay, small_config
 
+from lmc_dist.config import OnlineSettings
 from lmc_dist.errors import LmcError
 from lmc_dist.online.ledger import Ledger, ledger_folder
-from lmc_dist.online.settings import OnlineSettings
 from lmc_dist.online.verify import verify_books
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.batches import DatasetBatches

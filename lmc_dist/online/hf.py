@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from lmc_dist.config import OnlineSettings
 from lmc_dist.errors import LmcError
 from lmc_dist.online.service import OnlineUnlearning
-from lmc_dist.online.settings import OnlineSettings
 from lmc_dist.trainers.samples import ID, CollatedBatches, sample_positions
 from lmc_dist.trajectory.batches import blank_rows
 from lmc_dist.trajectory.callback import TrainingLoggerCallback

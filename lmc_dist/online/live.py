@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmc_dist.config import OnlineSettings
 from lmc_dist.errors import LmcError
-from lmc_dist.online.settings import OnlineSettings
+from lmc_dist.online.settings import curvature, method_name
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.shards.engines import EngineShards
@@ -88,7 +89,7 @@ class LiveRun:
             found = self._replayed(log, request)
         except LmcError as error:
             raise LmcError(f"{reason}; nor could it be replayed: {error}") from None
-        return Corrected(found.method, {**found.figures, "instead_of": self.settings.method, "because": reason})
+        return Corrected(found.method, {**found.figures, "instead_of": method_name(self.settings), "because": reason})
 
     def _propagated(self, log: TrajectoryLog, request: Counterfactual) -> Corrected:
         started, settings = time.perf_counter(), self.settings
@@ -100,7 +101,7 @@ class LiveRun:
             module,
             self.batches,
             request,
-            settings.hvp,
+            curvature(settings),
             replay_head=settings.replay_head,  # type: ignore[arg-type]
             head_tolerance=settings.head_tolerance,
         )
@@ -120,7 +121,7 @@ class LiveRun:
             "checksum": reached,
             "exact": False,
         }
-        return Corrected(settings.method, figures)
+        return Corrected(method_name(settings), figures)
 
     def _replayed(self, log: TrajectoryLog, request: Counterfactual) -> Corrected:
         """Exact replay on the live engine itself: no second one, no second copy of the model."""

@@ -23,11 +23,12 @@ from typing import Any
 
 from lmc_dist.audit.chain import AuditChain
 from lmc_dist.audit.digests import salted_digest
+from lmc_dist.config import OnlineSettings
 from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError
 from lmc_dist.online.ledger import ANSWERED, CHAIN_FILE, Ledger, Request, Status, ledger_folder
 from lmc_dist.online.live import LiveRun
-from lmc_dist.online.settings import OnlineSettings
+from lmc_dist.online.settings import check_settings
 from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
@@ -86,7 +87,7 @@ class OnlineUnlearning:
         self._relearn: list[tuple[int, tuple[int, ...]]] = []  # from which step on, samples
         self._due: dict[int, list[str]] = {}  # decided before a crash: step → names
         with agreement(self.group):
-            self.settings.check()
+            check_settings(self.settings)
             if self.is_main:
                 self.ledger = Ledger(ledger_folder(logger.log_dir))
                 self.audit = AuditChain(self.ledger.folder / CHAIN_FILE, self.settings.signing_key)
