@@ -136,3 +136,41 @@ def test_lengths_that_are_none_are_refused(length: Any) -> None:
         Head(length, 0.05)
     with pytest.raises(LmcError, match="head_tolerance"):
         Head(3, 1.0)
+
+
+def check_finite() -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """(errors with the true change of the gradient, errors with the Hessian's: steps as they are, their tangents)."""
+    errors, by_curvature = {}, {}
+    with KeepDouble():
+        for name, run in {"adamw": short_run(), "momentum": sgd_run(0.34, 0.5)}.items():
+            trained = train(run)
+            for request in (samples(run), STEPS):
+                retrained, label = train(run, request), f"{name} {request.kind}"
+                found = correct_with(run, trained, request, HVPConfig("secant"), 0, update="finite")
+                errors |= errors_of(label, found, trained, retrained)
+                assert found.audit[0].mode == "secant+finite"
+                finite, tangent = (
+                    errors_of(
+                        label,
+                        correct_with(run, trained, request, HVPConfig("exact"), 0, update=update),
+                        trained,
+                        retrained,
+                    )
+                    for update in ("finite", "tangent")
+                )
+                by_curvature[label] = finite[label], tangent[label]
+    return errors, by_curvature
+
+
+def test_steps_as_they_are_with_the_true_gradient_are_retraining(ranks: Any) -> None:
+    for errors, by_curvature in ranks(2).run(check_finite):
+        assert len(errors) == 10 and max(errors.values()) <= 1e-9, errors
+        print(by_curvature)
+        assert all(finite <= tangent for finite, tangent in by_curvature.values()), by_curvature
+        assert max(finite for finite, _ in by_curvature.values()) < 0.2
+
+
+def test_steps_as_they_are_are_for_one_vector(ranks: Any) -> None:
+    run = short_run()
+    with KeepDouble(), pytest.raises(LmcError, match="not linear in what is forgotten"):
+        correct_with(run, train(run), samples(run), HVPConfig("GGN"), 0, K=3, update="finite")

@@ -104,6 +104,7 @@ class LiveRun:
             curvature(settings),
             replay_head=settings.replay_head,  # type: ignore[arg-type]
             head_tolerance=settings.head_tolerance,
+            update="finite",
         )
         (audit,) = correction.audit
         if settings.max_growth is not None and (audit.growth_max or 0.0) > settings.max_growth:

@@ -96,6 +96,15 @@ def product_bytes(model: ModelFacts, mode: str, num_vectors: int, passes: Sequen
     return model.itemsize * (standing + max(forward, turn, back, copied, end))
 
 
+def gathered_bytes(model: ModelFacts, num_vectors: int) -> float:
+    """Whole tensors that a rank of several holds at a time in m GGN products: what is outside the blocks, a block and the next.
+
+    Part of `product_bytes`; it does not become less with more ranks. Pure.
+    """
+    trained = (1 + num_vectors) * (model.outer_numel + 2 * model.block_numel)
+    return model.itemsize * (trained + model.frozen_outer_numel + 2 * model.frozen_block_numel)
+
+
 def _chunk(model: ModelFacts, passes: Sequence[Pass]) -> float:
     """Elements of the largest chunk of logits."""
     found = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lmc_dist.curvature import HVPConfig, Loss, TokenCrossEntropy
 from lmc_dist.errors import LmcError
@@ -34,6 +34,8 @@ from lmc_dist.unlearn.request import check_request
 from lmc_dist.unlearn.status import Progress, unwatched
 from lmc_dist.unlearn.sweep import sweep
 from lmc_dist.update_rules import check_supported
+
+Update = Literal["tangent", "finite"]
 
 DESCRIPTION = "correction.json"
 
@@ -105,6 +107,7 @@ def compute_correction(
     replay_head: Length = 0,
     head_tolerance: float = 0.05,
     tol: float | None = None,
+    update: Update = "tangent",
 ) -> Correction:
     """v for a request, propagated through the logged steps (docs/method.md §3). Collective.
 
@@ -124,6 +127,8 @@ def compute_correction(
             over; `auto` replays until the two agree.
         head_tolerance: `auto`: relative difference at which they do.
         tol: The sweep stops once what v would still move, at its pace over the last ten steps, is below this share of it.
+        update: How the optimizer's steps are carried: by their `tangent`, linear in what is forgotten, or `finite`, as they
+            are; the same number of gradients, and far closer under Adam.
 
     Raises:
         LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, missing steps, K < 0. During
@@ -160,10 +165,12 @@ def compute_correction(
             raise LmcError(no_gradients(trajectory))
     loss = loss or TokenCrossEntropy()
     is_clipped = any(r.clip_coef < 1 for r in records if r.step >= first and r.applied)
-    if kept is not None and rule.is_plain and not is_clipped and not head.is_on and tol is None:
+    if kept is not None and rule.is_plain and not is_clipped and not head.is_on and tol is None and update == "tangent":
         result = kept_sweep(trajectory, kept, module, loss, batches, counterfactual, config, K, progress)
     else:
-        problem = Problem(trajectory, module, loss, batches, counterfactual, config, K, kept, tol)
+        problem = Problem(
+            trajectory, module, loss, batches, counterfactual, config, K, kept, tol, is_finite=update == "finite"
+        )
         result = sweep(problem, head, progress)
     found = result.v, result.audit, result.gradients_equivalent
     return Correction(*found, state=result.state, behind=result.behind, step=result.step)

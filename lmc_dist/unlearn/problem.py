@@ -32,6 +32,7 @@ class Problem:
         kept: Curvature computed before, in place of the model's.
         tol: A unit stops once what it would still move, by its pace over the last steps, is below this share of ‖v‖.
         block: Vectors that share a curvature product; None is all that are under way.
+        is_finite: Whether the optimizer's steps are taken as they are, and not by their tangent.
     """
 
     trajectory: Trajectory
@@ -44,6 +45,7 @@ class Problem:
     kept: KeptCurvature | None = None
     tol: float | None = None
     block: int | None = None
+    is_finite: bool = False
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,8 @@ class UnlearningRun(AskedRun):
         check_units(unlearn)
         if unlearn.curvature is not None and unlearn.hessian_mode != "low_rank":
             raise LmcError(f"unlearn.curvature is for hessian_mode low_rank, not {unlearn.hessian_mode}")
+        if unlearn.update == "finite" and (unlearn.K is not None or unlearn.units != "joint"):
+            raise LmcError("unlearn.update=finite is not linear in what is forgotten: use K=null and units joint")
         self.methods()
         check_privacy(self.config, self.runtime.is_main)
         check_audit(self.config, self.runtime.is_main)
@@ -176,6 +178,7 @@ class UnlearningRun(AskedRun):
             label += f" '{kept.name}'" if kept else ""
             label += f", K={'all' if K is None else K}" if method.hessian_mode != "none" or K is not None else ""
             label += f", λ={hvp.damping:g}" if hvp.damping else ""
+            label += ", steps as they are" if unlearn.update == "finite" else ""
             if is_marked:
                 problem = self._problem(hvp, None, unlearn.tol)
                 whole = [joint_unit(self.request)]
@@ -208,6 +211,7 @@ class UnlearningRun(AskedRun):
                     replay_head=method.replay_head,
                     head_tolerance=unlearn.head_tolerance,
                     tol=unlearn.tol,
+                    update=unlearn.update,
                 )
         return MethodResult(method.name, label, correction, time.perf_counter() - started)
 
@@ -244,7 +248,8 @@ class UnlearningRun(AskedRun):
 
     def _problem(self, hvp: HVPConfig, kept: KeptCurvature | None, tol: float | None = None) -> Problem:
         loss, K = TokenCrossEntropy(), self.config.unlearn.K
-        return Problem(self.log, self.module, loss, self.batches, self.request, hvp, K, kept, tol)
+        is_finite = self.config.unlearn.update == "finite"
+        return Problem(self.log, self.module, loss, self.batches, self.request, hvp, K, kept, tol, is_finite=is_finite)
 
     @property
     def work_dir(self) -> Path:

@@ -8,6 +8,13 @@ K = null all sources of a unit enter one vector. A finite K truncates each sourc
 opens a window of K steps; the windows' end values add up, since the recursion is linear. The first steps of a request
 that is not split can be replayed instead (unlearn/head.py).
 
+Where the problem is `finite` the optimizer's step is taken as it is, with the change of the gradient that curvature tells:
+
+    dg_s = (C_s + λI) v_s + b_s                        (v_{s+1}, dσ_{s+1}) = Φ_s(θ_s + v_s, σ_s + dσ_s, g_s + dg_s) − Φ_s(θ_s, σ_s, g_s)
+
+which needs no more gradients, holds where a deletion changes Adam's second moments by as much as they are, and is not linear
+in what is forgotten: one joint vector, carried to the end.
+
 Skipped steps leave the counterfactual optimizer's counter behind the actual one. All later steps are linearised with its
 counter, and the finite difference between Φ with the one counter and with the other is a source of its own.
 """
@@ -18,6 +25,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
+
+import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.vector import ShardedVector
@@ -106,6 +115,10 @@ class Sweep:
                 f"the run was corrected at step {max(self.trajectory.edits)}, past which a deviation is carried as a whole: "
                 "use K=null and one joint correction, not units"
             )
+        if problem.is_finite and (self.K is not None or self.num_units > 1):
+            raise LmcError(
+                "update 'finite' is not linear in what is forgotten: use K=null and one joint correction, not units"
+            )
         self.started = time.perf_counter()
         self._earlier_cost = 0.0
         self._norms, self._growth = [0.0], 1.0
@@ -184,11 +197,13 @@ class Sweep:
     def _step(self, step: int, finished: Callable[[SweepResult], None]) -> None:
         """One step of training, and the windows along with it."""
         edited = self._edited(step)
-        is_asked = self.head.is_on or self.problem.config.mode in ("fisher", "secant")
+        is_asked = self.head.is_on or self.problem.is_finite or self.problem.config.mode in ("fisher", "secant")
         here, update = self.path.step(step, is_asked and edited.record.applied and not edited.skipped)
         sources = self.sources.at(edited, here.theta)
         if self.head.is_on:
             self._replay(step, here, edited, update, sources)
+        elif self.problem.is_finite:
+            self._follow(step, here, edited, update, sources)
         else:
             self._propagate(step, here, edited, self.windows, sources)
             self.guard.measure(self.windows, step, self.tau)
@@ -345,6 +360,35 @@ class Sweep:
             joint.last_step = min(max(last + self.K, step), joint.last_step)
             self.felt_until |= dict.fromkeys(joint.skipped, joint.last_step)
 
+    def _follow(
+        self, step: int, here: Point, edited: EditedStep, update: ShardedVector, sources: Sequence[Source]
+    ) -> None:
+        """The joint window through a step of the optimizer as it is, the gradient's change by curvature."""
+        if not self.windows:
+            nothing = self.rule.no_deviation(here.theta)
+            self.windows.append(Window(JOINT, JOINT, step, self.tau - 1, nothing, 0.0, 0.0))
+        (joint,) = self.windows
+        for source in sources:
+            joint.entered += self._reach(here, source)
+        if edited.record.applied and edited.skipped:
+            joint.at.add_(self._injected(step, here, update, sources)[0][1])
+            joint.skipped.append(step)
+        elif edited.record.applied:
+            b, calls = sources[0].vector if sources else None, 0
+            dg = b if b is not None else here.theta.like(torch.zeros_like(here.theta.flat))
+            if joint.norm > 0:
+                found, calls = self.products(
+                    step, here.theta, edited, [joint.at.v], lambda: self._gradient(step, here, edited, b)
+                )
+                dg = dg + found[0]
+            before = joint.at.v
+            joint.at = self.rule.difference(here, joint.at, dg, len(joint.skipped), self.path.state)
+            self.guard.moved(replace(joint, at=replace(joint.at, v=before)), joint.at.v)
+            joint.steps, joint.hvp_calls = joint.steps + (step > joint.tz), joint.hvp_calls + calls
+        self.guard.measure(self.windows, step, self.tau)
+        if step == joint.tz:
+            joint.v0_norm = joint.norm
+
     # --- ends ----------------------------------------------------------------------------------------------------
 
     def _retire(self, step: int, finished: Callable[[SweepResult], None]) -> None:
@@ -371,7 +415,7 @@ class Sweep:
             v_norm=window.norm,
             v0_norm=window.v0_norm,
             hvp_calls=window.hvp_calls,
-            mode=problem.config.mode if problem.kept is None else f"low_rank:{problem.kept.name}",
+            mode=self._mode(),
             damping=problem.config.damping,
             counterfactual=problem.counterfactual.kind,
             replay_head=self.head.steps if window.replayed else 0,
@@ -382,6 +426,10 @@ class Sweep:
             head_error=self.head.error if window.replayed else None,
             norms=window.noted(step),
         )
+
+    def _mode(self) -> str:
+        kept, mode = self.problem.kept, self.problem.config.mode
+        return (mode if kept is None else f"low_rank:{kept.name}") + ("+finite" if self.problem.is_finite else "")
 
     # --- marks ---------------------------------------------------------------------------------------------------
 

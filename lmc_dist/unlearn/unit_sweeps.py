@@ -220,6 +220,7 @@ def work_digest(problem: Problem, units: Sequence[Unit]) -> str:
         "kept": None if problem.kept is None else problem.kept.name,
         "K": problem.K,
         "tol": problem.tol,
+        **({"update": "finite"} if problem.is_finite else {}),
     }
     return json_digest(identity)
 
