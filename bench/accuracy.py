@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/accuracy", help="where results and pictures go")
     parser.add_argument("--optimizers", nargs="*", choices=list(TRAININGS), default=list(TRAININGS))
     parser.add_argument("--seeds", type=int, default=5, help="trainings under each optimizer")
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), help="those to run")
     parser.add_argument("--first_seed", type=int, default=0, help="of them; cells of several machines add up in OUTPUT")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--quick", action="store_true", help=f"one seed of {QUICK_STEPS} steps, in OUTPUT/quick")
@@ -165,7 +166,9 @@ def main() -> None:
     seeds = range(options.first_seed, options.first_seed + count)
     where = (options.data, options.model, str(output))
     cells = [
-        Cell(name, seed, steps, *where, is_first=seed == 0) for seed in seeds for name in options.optimizers
+        Cell(name, seed, steps, *where, seed == 0 and len(options.methods) == len(METHODS), tuple(options.methods))
+        for seed in seeds
+        for name in options.optimizers
     ]
     results = run_cells(cells, options.jobs)
     done = [result for result in results if "failed" not in result]

@@ -42,6 +42,7 @@ class Method:
         K: Steps each source is propagated; None is all.
         left_out: Requests that it would take too long on.
         first_only: Whether it is computed for the first seed alone.
+        update: How the optimizer's steps are carried.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Method:
     K: int | None = None
     left_out: tuple[str, ...] = ()
     first_only: bool = False
+    update: str = "tangent"
 
 
 GGN: dict[str, Any] = {"mode": "GGN"}
@@ -69,6 +71,9 @@ METHODS = {
     "auto_ggn": Method("head auto + GGN", GGN, "auto", first_only=True),
     "exact": Method("exact", EXACT),
     "head10_exact": Method("head 10 + exact", EXACT, 10),
+    "finite_ggn": Method("GGN, steps as they are", GGN, update="finite"),
+    "finite_exact": Method("exact, steps as they are", EXACT, update="finite"),
+    "finite_head10_ggn": Method("head 10 + GGN, steps as they are", GGN, 10, update="finite"),
     "secant": Method("secant", SECANT),
     "head10_secant": Method("head 10 + secant", SECANT, 10, first_only=True),
 }
@@ -85,6 +90,7 @@ class Cell:
         data: Folder with full.jsonl.
         model: Checkpoint folder.
         folder: Where its result and, while it runs, its log go.
+        methods: Keys of METHODS.
         is_first: Whether a reference is compared with a training run of its own, and training goes on from corrections.
     """
 
@@ -95,6 +101,7 @@ class Cell:
     model: str
     folder: str
     is_first: bool
+    methods: tuple[str, ...] = tuple(METHODS)
 
     @property
     def name(self) -> str:
@@ -107,7 +114,7 @@ class Cell:
     @property
     def settings(self) -> dict[str, Any]:
         """All that its result depends on, but for code and machine."""
-        methods = {name: asdict(method) for name, method in METHODS.items()}
+        methods = {name: asdict(METHODS[name]) for name in self.methods}
         given = {"steps": self.steps, "length": LENGTH, "is_first": self.is_first, "methods": methods}
         more = {"continued": [CONTINUED_STEPS, CONTINUED_RATES, CONTINUED_REQUESTS, CONTINUED_BY]}
         return {**given, **more, "training": TRAINING | TRAININGS[self.optimizer], "storage": STORAGE[self.optimizer]}

@@ -145,7 +145,7 @@ class Run:
         ]
         rows[1]["seconds"] = rows[2]["seconds"] = seconds
         corrections = {}
-        for name, method in METHODS.items():
+        for name, method in ((name, METHODS[name]) for name in self.cell.methods):
             if request in method.left_out or (method.first_only and not self.cell.is_first):
                 continue
             row: dict[str, Any] = {"method": name, "label": method.label, "rel_error": None, "gradients": None, **none}
@@ -159,6 +159,7 @@ class Run:
                     HVPConfig(**method.curvature),
                     method.K,
                     replay_head=method.head,  # type: ignore[arg-type]
+                    update=method.update,  # type: ignore[arg-type]
                 )
             except LmcError as error:  # divergence: a result as well
                 row["failed"] = str(error)

@@ -221,7 +221,8 @@ class UnlearnConfig:
             recursion takes over; `auto` until the two agree; `all` is exact replay on the engine that trained.
         head_tolerance: `auto`: relative difference at which they do.
         update: How the optimizer's steps are carried: `tangent`, linear in what is forgotten; or `finite`, as they are, with the
-            same number of gradients: far closer under Adam and clipping, for one joint correction with K null.
+            same number of gradients: far closer under Adam and clipping, for one joint correction with K null. `auto` is
+            `finite` there and `tangent` elsewhere.
         strategy: `given` does what these settings say; `auto` plans first (`lmc plan unlearn`) and does what is recommended,
             the fastest that is known to stay within plan_unlearn.max_error.
         tol: A vector stops once what it would still move, at its pace over the last ten steps, is below this share of it;
@@ -247,7 +248,7 @@ class UnlearnConfig:
     damping: float = 0.0
     replay_head: int | Literal["auto", "all"] = 0
     head_tolerance: float = 0.05
-    update: Literal["tangent", "finite"] = "tangent"
+    update: Literal["tangent", "finite", "auto"] = "auto"
     strategy: Literal["given", "auto"] = "given"
     tol: float | None = None
     units: str = "joint"

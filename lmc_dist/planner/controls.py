@@ -108,7 +108,13 @@ def measure_controls(
             began = time.perf_counter()
             try:
                 correction = compute_correction(
-                    log, run.module, run.batches, request, config(candidate.mode), replay_head=candidate.head
+                    log,
+                    run.module,
+                    run.batches,
+                    request,
+                    config(candidate.mode),
+                    replay_head=candidate.head,
+                    update="auto",
                 )
             except LmcError as error:  # divergence: the same on all ranks
                 failed[candidate.name] = str(error)

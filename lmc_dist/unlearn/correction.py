@@ -35,7 +35,7 @@ from lmc_dist.unlearn.status import Progress, unwatched
 from lmc_dist.unlearn.sweep import sweep
 from lmc_dist.update_rules import check_supported
 
-Update = Literal["tangent", "finite"]
+Update = Literal["tangent", "finite", "auto"]
 
 DESCRIPTION = "correction.json"
 
@@ -128,7 +128,8 @@ def compute_correction(
         head_tolerance: `auto`: relative difference at which they do.
         tol: The sweep stops once what v would still move, at its pace over the last ten steps, is below this share of it.
         update: How the optimizer's steps are carried: by their `tangent`, linear in what is forgotten, or `finite`, as they
-            are; the same number of gradients, and far closer under Adam.
+            are: the same number of gradients, and far closer under Adam. `auto` takes them as they are where that makes a
+            difference (`is_finite`).
 
     Raises:
         LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, missing steps, K < 0. During
@@ -164,16 +165,29 @@ def compute_correction(
         if rule.keys and (module is None or batches is None) and not logs_gradients(manifest):
             raise LmcError(no_gradients(trajectory))
     loss = loss or TokenCrossEntropy()
+    as_they_are = is_finite(update, trajectory, first, K, kept)
     is_clipped = any(r.clip_coef < 1 for r in records if r.step >= first and r.applied)
-    if kept is not None and rule.is_plain and not is_clipped and not head.is_on and tol is None and update == "tangent":
+    if kept is not None and rule.is_plain and not is_clipped and not head.is_on and tol is None and not as_they_are:
         result = kept_sweep(trajectory, kept, module, loss, batches, counterfactual, config, K, progress)
     else:
         problem = Problem(
-            trajectory, module, loss, batches, counterfactual, config, K, kept, tol, is_finite=update == "finite"
+            trajectory, module, loss, batches, counterfactual, config, K, kept, tol, is_finite=as_they_are
         )
         result = sweep(problem, head, progress)
     found = result.v, result.audit, result.gradients_equivalent
     return Correction(*found, state=result.state, behind=result.behind, step=result.step)
+
+
+def is_finite(update: Update, trajectory: Trajectory, first: int, K: int | None, kept: KeptCurvature | None) -> bool:
+    """Whether a joint correction takes the optimizer's steps from `first` on as they are. Local.
+
+    With `auto` it does where the two differ, the optimizer has state or clips, and where all is carried to the end by the
+    model's curvature.
+    """
+    if update != "auto":
+        return update == "finite"
+    clips = any(r.clip_coef < 1 for r in trajectory.records() if r.step >= first and r.applied)
+    return K is None and kept is None and (bool(update_rule(trajectory).keys) or clips)
 
 
 def check_update_rule(manifest: TrajectoryManifest, records: Iterable[StepRecord], first: int) -> None:

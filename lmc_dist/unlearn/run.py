@@ -28,7 +28,7 @@ from lmc_dist.trajectory.kept import KeptCurvature, load_curvature
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.asked import AskedRun
-from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction
+from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction, is_finite
 from lmc_dist.unlearn.head import check_head
 from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.recombine import UNITS
@@ -178,7 +178,7 @@ class UnlearningRun(AskedRun):
             label += f" '{kept.name}'" if kept else ""
             label += f", K={'all' if K is None else K}" if method.hessian_mode != "none" or K is not None else ""
             label += f", λ={hvp.damping:g}" if hvp.damping else ""
-            label += ", steps as they are" if unlearn.update == "finite" else ""
+            label += ", steps as they are" if self._is_finite(kept) else ""
             if is_marked:
                 problem = self._problem(hvp, None, unlearn.tol)
                 whole = [joint_unit(self.request)]
@@ -248,8 +248,13 @@ class UnlearningRun(AskedRun):
 
     def _problem(self, hvp: HVPConfig, kept: KeptCurvature | None, tol: float | None = None) -> Problem:
         loss, K = TokenCrossEntropy(), self.config.unlearn.K
-        is_finite = self.config.unlearn.update == "finite"
-        return Problem(self.log, self.module, loss, self.batches, self.request, hvp, K, kept, tol, is_finite=is_finite)
+        finite = self._is_finite(kept)
+        return Problem(self.log, self.module, loss, self.batches, self.request, hvp, K, kept, tol, is_finite=finite)
+
+    def _is_finite(self, kept: KeptCurvature | None) -> bool:
+        unlearn = self.config.unlearn
+        is_joint = self.units is None
+        return is_joint and is_finite(unlearn.update, self.log, self.touched[0].step, unlearn.K, kept)
 
     @property
     def work_dir(self) -> Path:

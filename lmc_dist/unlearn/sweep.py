@@ -415,7 +415,7 @@ class Sweep:
             v_norm=window.norm,
             v0_norm=window.v0_norm,
             hvp_calls=window.hvp_calls,
-            mode=self._mode(),
+            mode=problem.config.mode if problem.kept is None else f"low_rank:{problem.kept.name}",
             damping=problem.config.damping,
             counterfactual=problem.counterfactual.kind,
             replay_head=self.head.steps if window.replayed else 0,
@@ -424,12 +424,9 @@ class Sweep:
             growth_max=window.growth_max,
             missed=self.products.missed,
             head_error=self.head.error if window.replayed else None,
+            update="finite" if problem.is_finite else "tangent",
             norms=window.noted(step),
         )
-
-    def _mode(self) -> str:
-        kept, mode = self.problem.kept, self.problem.config.mode
-        return (mode if kept is None else f"low_rank:{kept.name}") + ("+finite" if self.problem.is_finite else "")
 
     # --- marks ---------------------------------------------------------------------------------------------------
 
