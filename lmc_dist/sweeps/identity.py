@@ -17,7 +17,7 @@ BASELINES = ("retain", "ga", "graddiff", "npo")
 CORRECTIONS = ("lmcleaner", "tim", "replay")
 
 # Of `unlearn`: what matters to every recursion, and what to one mode of it.
-_RECURSION = ("hessian_mode", "K", "damping", "replay_head", "tol", "units")
+_RECURSION = ("hessian_mode", "K", "damping", "replay_head", "tol", "units", "update")
 _MODES = {"diag": ("probes",), "low_rank": ("rank", "base", "refresh", "curvature")}
 # Of `evaluate`: what is given by the cell itself.
 _GIVEN = ("models", "retrain")
