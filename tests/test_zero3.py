@@ -479,5 +479,5 @@ def test_correction_reaches_live_engine_and_checkpoint(ranks: Any, tmp_path: Pat
     (record,) = json.loads((tmp_path / "out" / "audit" / "audit_records.json").read_text())
     assert record["v_norm"] == pytest.approx(results[0][0])
     fields = "unit tz tau K_used v_norm v0_norm hvp_calls mode damping counterfactual replay_head stopped_by seconds"
-    assert set(record) == {*fields.split(), "growth_max", "missed", "head_error"}
+    assert set(record) == {*fields.split(), "growth_max", "missed", "head_error", "update"}
     assert not (tmp_path / "out.part").exists()
