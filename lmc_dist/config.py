@@ -139,8 +139,7 @@ class OnlineSettings:
         hessian_mode: Curvature of the recursion.
         damping: λ.
         head_tolerance: `auto`: relative difference at which the two count as one.
-        max_growth: A correction that grew by more than this in one step is not trusted, since the tangent of a young Adam
-            does not describe what a deletion does to it; null trusts any.
+        max_growth: A correction that grew by more than this in one step is not trusted; null trusts any.
         fallback: What is done where a correction cannot be computed or trusted: `replay` from a snapshot, or `refuse`.
         poll_every: Steps between looks at the ledger.
         relearn_per_step: Companions of removed batches that each later batch takes up; 0 leaves them out.
@@ -151,7 +150,7 @@ class OnlineSettings:
     hessian_mode: str = "GGN"
     damping: float = 0.0
     head_tolerance: float = 0.05
-    max_growth: float | None = 2.0
+    max_growth: float | None = 4.0
     fallback: Literal["replay", "refuse"] = "replay"
     poll_every: int = 1
     relearn_per_step: int = 2

@@ -110,7 +110,7 @@ class LiveRun:
         if settings.max_growth is not None and (audit.growth_max or 0.0) > settings.max_growth:
             raise LmcError(
                 f"the correction grew {audit.growth_max:.3g}-fold in one step, more than online.max_growth={settings.max_growth:g}: "
-                "the tangent does not describe what the deletion did to the optimizer there"
+                "it is not trusted"
             )
         reached = apply_correction(self.shards, correction)
         figures = {
