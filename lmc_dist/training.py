@@ -2,6 +2,8 @@
 
 With a request in the configuration the same loop trains the counterfactual: forgotten samples stay in their places of
 the batches, masked, so that order and random numbers are those of the logged run.
+
+Long, because a run is one thing here: what it is made of, its loop, and the checks that come before it.
 """
 
 from __future__ import annotations

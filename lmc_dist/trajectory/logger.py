@@ -3,6 +3,8 @@
 It hooks two places and needs no change to the training loop: a forward pre-hook takes the samples' `index` field, the
 loss normalisation and the random state of each pass; the engine reports its optimizer steps (`EngineShards.watch`), of
 which the learning rate that is used, the gradient norm and the shards before and after are taken.
+
+Long, because all that is known of a step meets in one class: hooks, the step's registration, and the ways to leave one out.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Training hands over vectors that nobody changes any more; a thread of each rank 
 what the tier keeps. What a rank has on disk travels with the passes that the logger gathers at every step anyway, and
 with it the rank's share of norm and checksum. Once all ranks have reported a step, rank 0's thread inserts its row: a
 row means a whole step. Where the disk falls behind, steps that wait are synced together, and rows inserted together.
+
+Long, because one order of writing is kept by one class: steps, rows and snapshots wait for each other.
 """
 
 from __future__ import annotations

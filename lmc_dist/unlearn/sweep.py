@@ -17,6 +17,8 @@ in what is forgotten: one joint vector, carried to the end.
 
 Skipped steps leave the counterfactual optimizer's counter behind the actual one. All later steps are linearised with its
 counter, and the finite difference between Φ with the one counter and with the other is a source of its own.
+
+Long, because it is one recursion: the three ways through a step share its windows, their ends and their marks.
 """
 
 from __future__ import annotations
