@@ -370,10 +370,11 @@ class Sweep:
             nothing = self.rule.no_deviation(here.theta)
             self.windows.append(Window(JOINT, JOINT, step, self.tau - 1, nothing, 0.0, 0.0))
         (joint,) = self.windows
-        for source in sources:
-            joint.entered += self._reach(here, source)
+        injected = self._injected(step, here, update, sources)
+        for source, deviation in injected:
+            joint.entered += self._reach(here, source) if self.rule.keys else deviation.v.norm()
         if edited.record.applied and edited.skipped:
-            joint.at.add_(self._injected(step, here, update, sources)[0][1])
+            joint.at.add_(injected[0][1])
             joint.skipped.append(step)
         elif edited.record.applied:
             b, calls = sources[0].vector if sources else None, 0
