@@ -106,10 +106,11 @@ def _line(values: dict[str, Any]) -> None:
 def unlearning_table(result: dict[str, Any]) -> str:
     """The table of an unlearning run as text."""
     request = result["request"]
+    width = max(30, *(len(row["label"]) + 2 for row in result["rows"]))
     lines = [
         f"forgot: {request['what']}, in {request['steps']} of {request['num_steps']} steps "
         f"({request['counterfactual']})",
-        f"{'method':<30}{'rel_error':>16}{'loss on forgotten':>20}{'loss on retained':>19}"
+        f"{'method':<{width}}{'rel_error':>16}{'loss on forgotten':>20}{'loss on retained':>19}"
         f"{'gradients-equivalent':>23}{'seconds':>10}",
     ]
     for row in result["rows"]:
@@ -118,7 +119,7 @@ def unlearning_table(result: dict[str, Any]) -> str:
             error += " (reference)"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
         lines.append(
-            f"{row['label']:<30}{error:>16}{number(row['loss_forget']):>20}{number(row['loss_retain']):>19}"
+            f"{row['label']:<{width}}{error:>16}{number(row['loss_forget']):>20}{number(row['loss_retain']):>19}"
             f"{row['gradients']:>23.1f}{seconds:>10}"
         )
     if result.get("privacy") is not None:
