@@ -46,6 +46,7 @@ demo: $(READY) ## run the demonstration; writes runs/demo
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
+# CI does without: a third more processor time. Ranks that a test kills leave no data.
 TESTS := tests
 coverage: $(READY) $(PEERS) ## run the tests that are not slow (or TESTS=...) and report which lines they reach
 	@mkdir -p runs/coverage
