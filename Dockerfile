@@ -27,7 +27,7 @@ COPY constraints.txt ./
 RUN pip install --no-cache-dir -c constraints.txt "$(grep '^torch==' constraints.txt)"
 COPY README.md LICENSE pyproject.toml setup.py ./
 COPY lmc_dist ./lmc_dist
-RUN pip install --no-cache-dir -c constraints.txt '.[evaluate,report,wandb]'
+RUN pip install --no-cache-dir --use-pep517 -c constraints.txt '.[audit,evaluate,report,wandb]'
 COPY launch ./launch
 COPY configs ./configs
 COPY examples ./examples

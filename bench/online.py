@@ -28,6 +28,7 @@ import torch.distributed as dist
 from measure import add_tofu_arguments, on_ranks, write_results
 
 from lmc_dist.config import Config, DataConfig, ForgetConfig, LogConfig, ModelConfig, OnlineConfig, TrainConfig
+from lmc_dist.trajectory.files import ledger_folder
 
 STEPS, BATCH, REQUESTS, RANKS = 60, 8, 10, 2
 # As in bench/accuracy.py.
@@ -70,7 +71,7 @@ def base_config(folder: Path, data: str, model: str, optimizer: str, seed: int) 
 
 def run(config: Config, asked: Asked) -> tuple[float, dict[str, Any], list[dict[str, Any]]]:
     """(seconds, what answering cost, requests) of a training; rank 0 files requests at boundaries."""
-    from lmc_dist.online.ledger import Ledger, ledger_folder
+    from lmc_dist.online.ledger import Ledger
     from lmc_dist.runtime import Runtime
     from lmc_dist.training import Trainer
 

@@ -1,7 +1,7 @@
 """Fine-tuning under an engine with a trajectory log: the run that is unlearned from, and its reference.
 
-With a request in the configuration the same loop trains the counterfactual: forgotten samples stay in their places of
-the batches, masked, so that order and random numbers are those of the logged run.
+With a request in the configuration the same loop trains the counterfactual: forgotten samples leave empty rows in
+their places of the batches, so that order and random numbers are those of the logged run.
 
 Long, because a run is one thing here: what it is made of, its loop, and the checks that come before it.
 """

@@ -14,7 +14,8 @@ import pytest
 
 from lmc_dist.audit.digests import SALT_FILE, salted_digest
 from lmc_dist.errors import LmcError
-from lmc_dist.online.ledger import MOST_TARGETS, TABLE_FILE, Ledger, ledger_folder
+from lmc_dist.online.ledger import MOST_TARGETS, TABLE_FILE, Ledger
+from lmc_dist.trajectory.files import ledger_folder
 
 
 def test_a_request_is_filed_once_and_holds_no_id(tmp_path: Path) -> None:

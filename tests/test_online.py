@@ -27,11 +27,12 @@ from test_zero3 import build_for_replay, forget_config, this_runtime, train_job
 from lmc_dist.config import Config, LogConfig, OnlineConfig
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import relative_error
-from lmc_dist.online.ledger import Ledger, ledger_folder
+from lmc_dist.online.ledger import Ledger
 from lmc_dist.online.verify import verify_books
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.files import ledger_folder
 from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 

@@ -31,12 +31,12 @@ from lmc_dist.config import Config, ForgetConfig, LogConfig, OnlineConfig, Rewri
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.inspect import inspect_log
-from lmc_dist.online.ledger import ledger_folder
 from lmc_dist.online.verify import verify_books
 from lmc_dist.runtime import Runtime
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.files import ledger_folder
 from lmc_dist.trajectory.lock import LogLock
 from lmc_dist.trajectory.record import MicroRecord
 from lmc_dist.trajectory.replay import replay, replay_engine

@@ -10,9 +10,10 @@ from lmc_dist.config import Config
 from lmc_dist.data import read_ids
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import check_target, count, table, write_findings
-from lmc_dist.online.ledger import TABLE_FILE, Ledger, Request, ledger_folder
+from lmc_dist.online.ledger import TABLE_FILE, Ledger, Request
 from lmc_dist.online.verify import verify_books
 from lmc_dist.trajectory.contents import writer_of
+from lmc_dist.trajectory.files import ledger_folder
 
 
 def file_request(config: Config) -> str:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from lmc_dist.audit.digests import SALT_FILE, salt_at, salted_digest
 from lmc_dist.errors import LmcError
 from lmc_dist.trajectory.database import open_database
+from lmc_dist.trajectory.files import ledger_folder
 from lmc_dist.trajectory.sealed import require_plain
 
 Unit = Literal["sample", "batch"]
@@ -78,12 +79,6 @@ class Malformed(LmcError):
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(f"request in row {row}: {reason}")
         self.row, self.reason = row, reason
-
-
-def ledger_folder(log_dir: str | Path) -> Path:
-    """Where the ledger of a log is: beside it, since it may be there before the log and outlives it. Pure."""
-    path = Path(log_dir)
-    return path.with_name(path.name + ".requests")
 
 
 def asked_before(log_dir: str | Path) -> bool:

@@ -26,13 +26,14 @@ from lmc_dist.audit.digests import salted_digest
 from lmc_dist.config import OnlineSettings
 from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError
-from lmc_dist.online.ledger import ANSWERED, CHAIN_FILE, Ledger, Request, Status, ledger_folder
+from lmc_dist.online.ledger import ANSWERED, CHAIN_FILE, Ledger, Request, Status
 from lmc_dist.online.live import LiveRun
 from lmc_dist.online.settings import check_settings
 from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.edits import LogEdit, first_touched, read_edits, union, with_open_edits
+from lmc_dist.trajectory.files import ledger_folder
 from lmc_dist.trajectory.logger import TrainingLogger
 from lmc_dist.trajectory.record import StepRecord
 from lmc_dist.trajectory.snapshots import snapshot_steps

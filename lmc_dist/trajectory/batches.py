@@ -51,12 +51,6 @@ class DatasetBatches:
         return sorted(set(ids) - self._known)
 
 
-def mask_samples(labels: torch.Tensor, kept: Sequence[bool]) -> torch.Tensor:
-    """Labels (B, T) with all targets of the samples that are not kept turned off."""
-    keep = torch.tensor(kept, device=labels.device)[:, None]
-    return torch.where(keep, labels, torch.full_like(labels, IGNORED))
-
-
 def blank_rows(batch: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, torch.Tensor]:
     """A batch (B, T) whose `rows` hold no sample any more: no token of theirs, no target, BLANK as `index`.
 

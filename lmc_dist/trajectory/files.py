@@ -29,6 +29,12 @@ def step_folder(step: int) -> str:
     return f"steps/step-{step:08d}"
 
 
+def ledger_folder(log_dir: str | Path) -> Path:
+    """Where the requests of a log are: beside it, since they may be there before the log and outlive it. Pure."""
+    path = Path(log_dir)
+    return path.with_name(path.name + ".requests")
+
+
 def rank_file(rank: int, world_size: int, kind: str = "") -> str:
     """Name of a rank's file; files of several kinds can share a folder."""
     return f"{kind}{'.' if kind else ''}rank-{rank:05d}-of-{world_size:05d}.safetensors"

@@ -270,7 +270,7 @@ class TrainingLogger:
                     "(with the HF Trainer also remove_unused_columns=False, or it is dropped)"
                 )
             labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-            ids = [] if index is None else index.tolist()
+            ids = [] if index is None else torch.as_tensor(index).tolist()
             self._attached.passes.append(
                 Pass(
                     sample_ids=[i for i in ids if i != BLANK],

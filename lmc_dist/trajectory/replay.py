@@ -22,7 +22,7 @@ from lmc_dist.shards.engines.driven import NUMERIC
 from lmc_dist.shards.module import set_rng_state
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BLANK, BatchSource, blank_rows, empty_rows, mask_samples, with_blanks
+from lmc_dist.trajectory.batches import BLANK, BatchSource, blank_rows, empty_rows, with_blanks
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
 from lmc_dist.trajectory.edits import LogEdit, with_open_edits
 from lmc_dist.trajectory.reader import FLOATS
@@ -155,7 +155,7 @@ def warm_up(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, star
     )
     if ids:
         inputs, labels = batches.inputs(ids[:1])
-        shards.warm_up({**inputs, "labels": mask_samples(labels, [False])})
+        shards.warm_up(blank_rows({**inputs, "labels": labels}, [0]))
 
 
 def logged_optimizer(model: torch.nn.Module, manifest: TrajectoryManifest) -> torch.optim.Optimizer:
@@ -278,13 +278,12 @@ def run_step(
     if hasattr(shards, "replay_scale"):  # DeepSpeed brings its own
         shards.replay_scale = edited.record.loss_scale
     shards.module.train()
-    if attempt is not None:
-        attempt()
-    _run_passes(shards, edited, batches, normalization, attempt is not None)
-    while not shards.step():
+    is_done = False
+    while not is_done:
         if attempt is not None:
             attempt()
         _run_passes(shards, edited, batches, normalization, attempt is not None)
+        is_done = shards.step()
 
 
 def _run_passes(

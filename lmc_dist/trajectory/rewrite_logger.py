@@ -13,6 +13,7 @@ from lmc_dist.trajectory.counterfactual import EditedMicro, EditedStep
 from lmc_dist.trajectory.logger import TrainingLogger, _Attached, package_versions, rates
 from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.replay import run_step
+from lmc_dist.trajectory.rewritten import KEY
 
 
 def blanked(edited: EditedStep, batches: BatchSource) -> EditedStep:
@@ -91,7 +92,7 @@ class RewriteLogger(TrainingLogger):
             partition=shards.layout.rule,
             versions=package_versions(),
             segments=[],
-            run={**self.last.run, **{key: self.manifest.run[key] for key in ("rewritten",)}},
+            run={**self.last.run, KEY: self.manifest.run[KEY]},
         )
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

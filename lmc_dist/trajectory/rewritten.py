@@ -9,7 +9,7 @@ from lmc_dist.audit.digests import SALT_FILE, read_salt, salted_digest
 from lmc_dist.audit.hidden import is_hidden
 from lmc_dist.errors import LmcError
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.trajectory.files import MANIFEST_FILE
+from lmc_dist.trajectory.files import MANIFEST_FILE, ledger_folder
 from lmc_dist.trajectory.manifest import read_manifest
 from lmc_dist.trajectory.record import TrajectoryManifest
 
@@ -18,8 +18,7 @@ KEY = "rewritten"  # of the manifest's `run`
 
 def salt_file(log_dir: str | Path) -> Path:
     """Where the secret of a log's requests is: with its ledger, not in the log. Pure."""
-    path = Path(log_dir)
-    return path.with_name(path.name + ".requests") / SALT_FILE
+    return ledger_folder(log_dir) / SALT_FILE
 
 
 def described(request: Counterfactual, salt: bytes) -> dict[str, Any]:

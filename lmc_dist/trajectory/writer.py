@@ -55,6 +55,16 @@ class _Step:
     files: list[StagedFile]
 
 
+@dataclass
+class _Snapshot:
+    """A snapshot that is not yet visible: what becomes of its tensors, and what its descriptions will say."""
+
+    step: int
+    future: Future[Any]
+    meta: dict[str, Any]
+    edit: dict[str, Any] | None
+
+
 class LogWriter:
     """Appends steps to a log. All ranks construct it; methods are collective unless they say otherwise.
 
@@ -102,15 +112,13 @@ class LogWriter:
         self._background = BackgroundWriter(buffer_bytes)
         self._staged: list[_Step] = []  # the thread's alone
         self._written: deque[dict[str, Any]] = deque()  # this rank's finished steps, until they are reported
-        self._snapshot: tuple[int, Future[Any], dict[str, Any], dict[str, Any] | None] | None = None
+        self._snapshot: _Snapshot | None = None  # under way
         self._group = snapshot_group(layout)
         # rank 0 alone:
         self._rows: deque[StepRecord] = deque()  # steps whose files are not all there yet
         self._reports: dict[int, dict[int, dict[str, Any]]] = {}  # step → rank → report
         self._whole: deque[tuple[StepRecord, Digests]] = deque()  # rows for the thread to insert
-        self._finished: deque[tuple[int, dict[str, Any], dict[str, Any] | None]] = (
-            deque()
-        )  # snapshots that wait for the rows before them
+        self._finished: deque[_Snapshot] = deque()  # that wait for the rows before them
         self._log_checksum = resumed.log_checksum if resumed else None
         self._next_row = self._num_whole = resumed.step if resumed else 0  # queued, and on disk
 
@@ -139,8 +147,9 @@ class LogWriter:
     def error(self) -> Exception | None:
         if self._background.error is not None:
             return self._background.error
-        if self._snapshot is not None and self._snapshot[1].done() and self._snapshot[1].exception() is not None:
-            return LmcError(f"the snapshot of step {self._snapshot[0]} failed: {self._snapshot[1].exception()}")
+        found = self._snapshot
+        if found is not None and found.future.done() and found.future.exception() is not None:
+            return LmcError(f"the snapshot of step {found.step} failed: {found.future.exception()}")
         return self.lock.error if self.lock is not None else None
 
     def raise_error(self) -> None:
@@ -246,8 +255,8 @@ class LogWriter:
             self._next_row, found = row.step + 1, True
         if found:
             self._background.submit(self._insert)
-        while self._finished and self._finished[0][0] <= self._next_row:
-            self._publish(*self._finished.popleft())
+        while self._finished and self._finished[0].step <= self._next_row:
+            self._publish(self._finished.popleft())
 
     def _row(self, record: StepRecord, entries: list[dict[str, Any]]) -> tuple[StepRecord, Digests]:
         """A record and all ranks' reports of its step as a row and the digests of its files."""
@@ -275,10 +284,10 @@ class LogWriter:
         assert self._table is not None
         return self._table
 
-    def _publish(self, step: int, meta: dict[str, Any], edit: dict[str, Any] | None) -> None:
-        folder = self.path / snapshot_folder(step)
-        self._background.submit(lambda: finish_snapshot(folder, meta, edit))
-        self._background.submit(lambda: self._trim(step - 1))
+    def _publish(self, snapshot: _Snapshot) -> None:
+        folder = self.path / snapshot_folder(snapshot.step)
+        self._background.submit(lambda: finish_snapshot(folder, snapshot.meta, snapshot.edit))
+        self._background.submit(lambda: self._trim(snapshot.step - 1))
 
     # --- snapshots -------------------------------------------------------------------------------------------------
 
@@ -296,21 +305,22 @@ class LogWriter:
         self._await_snapshot()
         sums = vector_checksums(vectors)
         meta = {"step": step, "checksum": sums["theta"], "kinds": sums, "scalars": scalars}
-        self._snapshot = (step, start_snapshot(self.path / snapshot_folder(step), vectors, self._group), meta, edit)
+        future = start_snapshot(self.path / snapshot_folder(step), vectors, self._group)
+        self._snapshot = _Snapshot(step, future, meta, edit)
 
     @property
     def snapshot_done(self) -> bool:
         """Whether this rank's part of the snapshot under way is on disk. Local."""
-        return self._snapshot is not None and self._snapshot[1].done()
+        return self._snapshot is not None and self._snapshot.future.done()
 
     def finish_snapshot(self) -> None:
         """Hands over the snapshot that all ranks have written; it becomes visible once the rows before it are."""
-        assert self._snapshot is not None
-        step, _, meta, edit = self._snapshot
+        snapshot = self._snapshot
+        assert snapshot is not None
         self.raise_error()
         self._snapshot = None
         if self.layout.rank == 0:
-            self._finished.append((step, meta, edit))
+            self._finished.append(snapshot)
 
     def edit(
         self, step: int, vectors: Mapping[str, ShardedVector], scalars: dict[str, Any], edit: dict[str, Any]
@@ -330,7 +340,7 @@ class LogWriter:
 
     def _await_snapshot(self) -> None:
         if self._snapshot is not None:
-            wait([self._snapshot[1]])
+            wait([self._snapshot.future])
             self.finish_snapshot()
 
     def _trim(self, last_step: int) -> None:
@@ -362,7 +372,7 @@ class LogWriter:
     def close(self) -> None:
         """Ends the thread and gives the directory free; drops what still waits. Local."""
         if self._snapshot is not None:
-            wait([self._snapshot[1]], timeout=60)  # its thread talks over a group that may be gone soon
+            wait([self._snapshot.future], timeout=60)  # its thread talks over a group that may be gone soon
             self._snapshot = None
         self._background.close()
         if self._table is not None:
@@ -384,9 +394,8 @@ def drop_before(log_dir: Path, table: StepTable, first_kept: int, keeps_first: b
     With `keeps_first` θ_0 stays.
     """
     for step in snapshot_steps(log_dir):
-        if (
-            keeps_first <= step < first_kept
-        ):  # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
+        if keeps_first <= step < first_kept:
+            # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
             doomed = log_dir / "snapshots" / f"deleted-{step}"
             (log_dir / snapshot_folder(step)).rename(doomed)
             shutil.rmtree(doomed)

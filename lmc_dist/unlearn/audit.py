@@ -33,8 +33,8 @@ class AuditRecord:
         seconds: Wall time.
         growth_max: Largest ‖v_{s+1}‖ / ‖v_s‖ of a step, before its own source is added.
         missed: `low_rank`: largest share of C z, z random, that a basis left out.
-        update: How the optimizer's steps were carried: by their `tangent`, or `finite`, as they are.
         head_error: Replayed head of length `auto`: ‖difference of recursion and replay‖ / ‖v‖ when it took over.
+        update: How the optimizer's steps were carried: by their `tangent`, or `finite`, as they are.
         norms: (step, ‖v‖ after it) along the way, thinned out to at most `windows.MOST_NORMS`; None where the steps are not taken
             one by one. They go to a file of their own, norms.json.
     """

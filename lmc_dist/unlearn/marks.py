@@ -152,7 +152,8 @@ class Marks:
                 kinds = row.pop("kinds")
                 at = Deviation(read(f"window-{i}-v"), {key: read(f"window-{i}-{key}") for key in kinds})
                 recent, paces = (deque(row.pop(key), maxlen=RECENT) for key in ("recent", "paces"))
-                windows.append(Window(**row, at=at, recent=recent, paces=paces))
+                norms = [(step, norm) for step, norm in row.pop("norms")]
+                windows.append(Window(**row, at=at, recent=recent, paces=paces, norms=norms))
             sums: dict[str, Total] = {}
             for i, (unit, row) in enumerate(known["sums"].items()):
                 found = {key: read(f"sum-{i}-{key}") for key in row["kinds"]}

@@ -13,6 +13,7 @@ from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.edits import first_touched
 from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
@@ -51,7 +52,8 @@ def replayed_correction(
     end = int(counters.get("step", 0))
     theta_hat = result.theta.to(device=theta.flat.device)
     v = theta_hat - theta
-    first = next(record.step for record in log.records() if record.applied and request.touches(record))
+    first = first_touched(request, log.records())
+    assert first is not None
     audit = AuditRecord(
         unit="joint",
         tz=first,

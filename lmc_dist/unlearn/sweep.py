@@ -384,9 +384,9 @@ class Sweep:
                     step, here.theta, edited, [joint.at.v], lambda: self._gradient(step, here, edited, b)
                 )
                 dg = dg + found[0]
-            before = joint.at.v
-            joint.at = self.rule.difference(here, joint.at, dg, len(joint.skipped), self.path.state)
-            self.guard.moved(replace(joint, at=replace(joint.at, v=before)), joint.at.v)
+            moved = self.rule.difference(here, joint.at, dg, len(joint.skipped), self.path.state)
+            self.guard.moved(joint, moved.v)
+            joint.at = moved
             joint.steps, joint.hvp_calls = joint.steps + (step > joint.tz), joint.hvp_calls + calls
         self.guard.measure(self.windows, step, self.tau)
         if step == joint.tz:

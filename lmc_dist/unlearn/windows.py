@@ -77,7 +77,7 @@ class Window:
 
     def noted(self, end: int) -> list[tuple[int, float]]:
         """The norms that were taken down, and that after its last step. Local."""
-        known = [(step, norm) for step, norm in self.norms]
+        known = list(self.norms)
         return known if known and known[-1][0] == end else [*known, (end, self.norm)]
 
     @property
