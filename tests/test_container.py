@@ -45,7 +45,9 @@ def container() -> Iterator[str]:
 
 
 def test_the_image_trains_and_unlearns_on_two_ranks(container: str) -> None:
-    found = {line.split()[0]: line.split()[1:] for line in buildah("run", container, "--", "lmc", "doctor").splitlines()}
+    found = {
+        line.split()[0]: line.split()[1:] for line in buildah("run", container, "--", "lmc", "doctor").splitlines()
+    }
     assert found["launchers"] == ["ok", "torchrun,", "deepspeed,", "accelerate"]
     assert found["compiler"][0] == found["deepspeed"][0] == found["extras"][0] == "ok"
 
