@@ -61,9 +61,8 @@ def check_replay() -> dict[str, float]:
 def correct_with(
     run: Run, trained: Trained, request: Counterfactual, config: HVPConfig, head: Any, K: int | None = None, **more: Any
 ) -> Correction:
-    return compute_correction(
-        trained.log, run.module, run.batches, request, config, K, run.loss, replay_head=head, **more
-    )
+    ways = {"replay_head": head, "update": "tangent", **more}
+    return compute_correction(trained.log, run.module, run.batches, request, config, K, run.loss, **ways)
 
 
 def test_a_head_to_the_end_is_retraining(ranks: Any) -> None:

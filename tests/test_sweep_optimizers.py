@@ -110,7 +110,9 @@ def micros_of(run: Run, edited: EditedStep) -> Any:
 
 
 def correct(run: Run, log: StepLog, request: Counterfactual, config: HVPConfig, K: int | None = None) -> Correction:
-    return compute_correction(log, run.module, run.batches, request, config, K=K, loss=run.loss)
+    """By the tangents of the optimizer's steps, which the oracles here are of."""
+    ways = {"K": K, "loss": run.loss, "update": "tangent"}
+    return compute_correction(log, run.module, run.batches, request, config, **ways)
 
 
 # --- linear: the correction is retraining ----------------------------------------------------------------------------

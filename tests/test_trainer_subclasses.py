@@ -124,7 +124,8 @@ def cleaner(
     config: Config, folder: Path, name: str, engine: str, model: torch.nn.Module, callbacks: Any = (), **changes: Any
 ) -> lmc_dist.LMCleanerSampleLevel:
     dataset = data_of(config)
-    own = {key: changes.pop(key) for key in ("replay_head", "apply_immediately", "K", "hessian_mode") if key in changes}
+    named = ("replay_head", "apply_immediately", "K", "hessian_mode", "update")
+    own = {key: changes.pop(key) for key in named if key in changes}
     return lmc_dist.LMCleanerSampleLevel(
         model=model,
         args=arguments(folder / name, engine, **{"num_train_epochs": 0, **changes}),
@@ -208,6 +209,8 @@ def engine_job(folder: Path, engine: str) -> None:
         ({}, "is of an earlier correction: choose another output_dir"),
         ({"K": -1}, "K must be ≥ 0"),
         ({"replay_head": -1}, "replay_head must be"),
+        ({"update": "exact"}, "unknown update 'exact': one of tangent, finite, auto"),
+        ({"update": "finite", "K": 2}, "not linear in what is forgotten: use K=null"),
     ):
         with pytest.raises(LmcError, match=message):
             cleaner(config, folder, "tuned" if not changes else "other", engine, model_at(config), **changes)
@@ -244,6 +247,7 @@ def optimizer_job(folder: Path) -> None:
     fresh = cleaner(config, folder, "fresh", "single", model_at(config, theta), replay_head=2, optim="adamw_torch")
     fresh.train()
     assert not engine_shards(fresh.model, fresh.optimizer).has_state
+    assert fresh.correction is not None and fresh.correction.audit[0].update == "finite"  # by itself, under AdamW
 
 
 class Plain(torch.utils.data.Dataset):

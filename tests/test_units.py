@@ -172,7 +172,7 @@ def units_job(config: Config, request: Counterfactual, folder: Path, given: dict
 def joint_job(config: Config, request: Counterfactual, folder: Path, K: int | None, mode: str = "GGN") -> int:
     problem, _ = problem_of(config, request)
     found = compute_correction(
-        problem.trajectory, problem.module, problem.batches, request, curvature(mode), K, problem.loss
+        problem.trajectory, problem.module, problem.batches, request, curvature(mode), K, problem.loss, update="tangent"
     )
     found.save(folder)
     return found.behind

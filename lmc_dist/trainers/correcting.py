@@ -25,7 +25,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import write_json
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import write_audit
-from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction
+from lmc_dist.unlearn.correction import Correction, Update, check_update, check_update_rule, compute_correction
 from lmc_dist.unlearn.head import check_head
 from lmc_dist.unlearn.optimizer_state import correct_state
 from lmc_dist.unlearn.replayed import replayed_correction
@@ -47,6 +47,7 @@ class Settings:
         replay_head: Steps replayed before the recursion takes over, `auto`, or `all`: exact replay.
         head_tolerance: `auto`: relative difference at which the two count as one.
         tol: The sweep stops once what v would still move is below this share of it; None carries on to the end.
+        update: How the optimizer's steps are carried: `tangent`, `finite` or `auto` (`compute_correction`).
         output_dir: Gets correction/ and result.json.
         audit_dir: Gets audit_records.json; None is `audit` in output_dir.
     """
@@ -58,6 +59,7 @@ class Settings:
     replay_head: Head
     head_tolerance: float
     tol: float | None
+    update: Update
     output_dir: str
     audit_dir: str | None
 
@@ -116,6 +118,7 @@ class ModelCorrection:
             raise LmcError(f"K must be ≥ 0 or None, got {settings.K}")
         if settings.replay_head != "all":
             check_head(settings.replay_head, settings.head_tolerance)
+        check_update(settings.update, settings.K)
         for file in (settings.result_file, settings.audit_folder / "audit_records.json"):
             if file.exists():
                 raise LmcError(f"{file} is of an earlier correction: choose another output_dir")
@@ -158,6 +161,7 @@ class ModelCorrection:
                 replay_head=settings.replay_head,
                 head_tolerance=settings.head_tolerance,
                 tol=settings.tol,
+                update=settings.update,
             )
         self.seconds = time.perf_counter() - started
         self._write(self.correction)
@@ -166,7 +170,7 @@ class ModelCorrection:
     def _write(self, correction: Correction) -> None:
         """correction/, the audit, and result.json, which comes last."""
         settings, log = self.settings, self.log
-        asked = settings.request, settings.curvature, settings.K, settings.replay_head
+        asked = settings.request, settings.curvature, settings.K, settings.replay_head, settings.update
         result = library_result(log, correction, *asked, self.seconds)
         with agreement(self.group):
             correction.save(Path(settings.output_dir) / "correction")

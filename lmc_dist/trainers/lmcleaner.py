@@ -16,7 +16,7 @@ from lmc_dist.trainers.correcting import Head, ModelCorrection, Settings
 from lmc_dist.trainers.samples import ID
 from lmc_dist.trajectory.callback import check_launch
 from lmc_dist.trajectory.counterfactual import Counterfactual
-from lmc_dist.unlearn.correction import Correction
+from lmc_dist.unlearn.correction import Correction, Update
 from lmc_dist.unlearn.request import make_request
 
 
@@ -37,6 +37,7 @@ class LMCleaner(Trainer):
         replay_head: Steps replayed first, `auto`, or `all`: exact replay.
         head_tolerance: `auto`: relative difference at which recursion and replay count as one.
         tol: The sweep stops once what v would still move is below this share of it.
+        update: How the optimizer's steps are carried: `tangent`, `finite` or `auto` (`compute_correction`).
         apply_immediately: Correct at once; else when `train()` begins, in the engine and with its optimizer's state.
         audit_dir: Where audit_records.json goes; None is `audit` in the output_dir.
         kwargs: Those of `Trainer`, by name.
@@ -62,6 +63,7 @@ class LMCleaner(Trainer):
         replay_head: Head = 0,
         head_tolerance: float = 0.05,
         tol: float | None = None,
+        update: Update = "auto",
         apply_immediately: bool = False,
         audit_dir: str | None = None,
         **kwargs: Any,
@@ -82,6 +84,7 @@ class LMCleaner(Trainer):
             replay_head=replay_head,
             head_tolerance=head_tolerance,
             tol=tol,
+            update=update,
             output_dir=str(self.args.output_dir),
             audit_dir=audit_dir,
         )

@@ -22,7 +22,7 @@ from lmc_dist.shards.relayout import relayout
 from lmc_dist.trajectory.batches import BatchSource, DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.store import TrajectoryLog
-from lmc_dist.unlearn.correction import Correction, apply_correction, compute_correction
+from lmc_dist.unlearn.correction import Correction, Update, apply_correction, compute_correction
 from lmc_dist.unlearn.head import Length
 from lmc_dist.unlearn.request import make_request
 from lmc_dist.unlearn.results import library_result, write_results
@@ -41,6 +41,7 @@ def run_lmcleaner_batch_unlearning(
     apply_immediately: bool = True,
     tokenizer: Any = None,
     replay_head: Length = 0,
+    update: Update = "auto",
 ) -> Correction:
     """Removes whole batches (counterfactual `skip`: those steps do not happen). Collective.
 
@@ -57,6 +58,7 @@ def run_lmcleaner_batch_unlearning(
         apply_immediately: Add v to a live engine's weights.
         tokenizer: Saved with the model.
         replay_head: Steps replayed before the recursion takes over, or `auto` (`compute_correction`).
+        update: How the optimizer's steps are carried: `tangent`, `finite` or `auto` (`compute_correction`).
 
     Returns:
         The correction.
@@ -66,9 +68,8 @@ def run_lmcleaner_batch_unlearning(
     """
     request = make_request(batch_ids=forget_batch_ids)
     hvp = HVPConfig(hessian_mode, damping)
-    return _run(
-        model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer, replay_head
-    )
+    where = model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer
+    return _run(*where, replay_head, update)
 
 
 def run_lmcleaner_sample_unlearning(
@@ -85,6 +86,7 @@ def run_lmcleaner_sample_unlearning(
     apply_immediately: bool = True,
     tokenizer: Any = None,
     replay_head: Length = 0,
+    update: Update = "auto",
 ) -> Correction:
     """Removes samples wherever they occur; see `run_lmcleaner_batch_unlearning`. Collective.
 
@@ -101,12 +103,12 @@ def run_lmcleaner_sample_unlearning(
         apply_immediately: As there.
         tokenizer: As there.
         replay_head: As there.
+        update: As there.
     """
     request = make_request(sample_ids=forget_sample_ids, kind=counterfactual)
     hvp = HVPConfig(hessian_mode, damping)
-    return _run(
-        model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer, replay_head
-    )
+    where = model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer
+    return _run(*where, replay_head, update)
 
 
 def _run(
@@ -120,6 +122,7 @@ def _run(
     apply_immediately: bool,
     tokenizer: Any,
     replay_head: Length,
+    update: Update,
 ) -> Correction:
     shards = engine_shards(model) if is_engine(model) else None
     device = torch.device("cpu") if shards is None else shards.device
@@ -145,9 +148,9 @@ def _run(
     frozen = read_frozen(inner, like) if is_module else None
     module = ShardedModule(skeleton, log.layout, device, frozen=frozen)
     started = time.perf_counter()
-    correction = compute_correction(log, module, batches, request, hvp, K, replay_head=replay_head)
+    correction = compute_correction(log, module, batches, request, hvp, K, replay_head=replay_head, update=update)
     seconds = time.perf_counter() - started
-    result = library_result(log, correction, request, hvp, K, replay_head, seconds)
+    result = library_result(log, correction, request, hvp, K, replay_head, update, seconds)
     if output_dir is not None:
         with promoted(Path(output_dir)) as part:
             write_results(part, log, module, theta + correction.v, correction, result, tokenizer)

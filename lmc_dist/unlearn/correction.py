@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lmc_dist.curvature import HVPConfig, Loss, TokenCrossEntropy
 from lmc_dist.errors import LmcError
@@ -107,7 +107,7 @@ def compute_correction(
     replay_head: Length = 0,
     head_tolerance: float = 0.05,
     tol: float | None = None,
-    update: Update = "tangent",
+    update: Update = "auto",
 ) -> Correction:
     """v for a request, propagated through the logged steps (docs/method.md §3). Collective.
 
@@ -128,8 +128,8 @@ def compute_correction(
         head_tolerance: `auto`: relative difference at which they do.
         tol: The sweep stops once what v would still move, at its pace over the last ten steps, is below this share of it.
         update: How the optimizer's steps are carried: by their `tangent`, linear in what is forgotten, or `finite`, as they
-            are: the same number of gradients, and far closer under Adam. `auto` takes them as they are where that makes a
-            difference (`is_finite`).
+            are: the same number of gradients, far closer under Adam, and only with K = null. `auto` takes them as they are
+            where that makes a difference and can be done (`is_finite`).
 
     Raises:
         LmcError: Before any long work, on every rank: unknown ids, unsupported optimizer, missing steps, K < 0. During
@@ -145,6 +145,7 @@ def compute_correction(
             raise LmcError("only batches (counterfactual 'skip') on kept curvature need neither module nor batches")
         if K is not None and K < 0:
             raise LmcError(f"K must be ≥ 0 or null, got {K}")
+        check_update(update, K)
         manifest = trajectory.manifest
         records = list(trajectory.records())
         counterfactual, passed = with_open_edits(counterfactual, trajectory.edits, records)
@@ -176,6 +177,18 @@ def compute_correction(
         result = sweep(problem, head, progress)
     found = result.v, result.audit, result.gradients_equivalent
     return Correction(*found, state=result.state, behind=result.behind, step=result.step)
+
+
+def check_update(update: str, K: int | None) -> None:
+    """Checks how the optimizer's steps are to be carried. Local.
+
+    Raises:
+        LmcError: An unknown way, or one that does not go with K.
+    """
+    if update not in get_args(Update):
+        raise LmcError(f"unknown update '{update}': one of {', '.join(get_args(Update))}")
+    if update == "finite" and K is not None:
+        raise LmcError("update 'finite' is not linear in what is forgotten: use K=null, or update 'tangent'")
 
 
 def is_finite(update: Update, trajectory: Trajectory, first: int, K: int | None, kept: KeptCurvature | None) -> bool:

@@ -27,6 +27,7 @@ def library_result(
     hvp: HVPConfig,
     K: int | None,
     replay_head: int | str,
+    update: str,
     seconds: float,
 ) -> dict[str, Any]:
     """What result.json says of a correction that was asked for by a call, not by a configuration. Collective."""
@@ -46,6 +47,7 @@ def library_result(
             "damping": hvp.damping,
             "counterfactual": request.kind,
             "replay_head": replay_head,
+            "update": update,
         },
         "versions": package_versions(),
         "log_fingerprint": log.fingerprint,
