@@ -231,7 +231,8 @@ class UnlearnConfig:
         unit_groups: Groups of ranks that take units from a queue, each with a sharded copy of the model; `auto` makes as
             many as leave each enough memory.
         block: Units that go along the trajectory together; `auto` is as many as fit, 8 at most.
-        mark_every: Steps between two marks, from which a run that was cut off goes on; null leaves none.
+        mark_every: Steps between two marks, of exact replay as of the recursion, from which a run that was cut off goes on;
+            null leaves none.
         store_units: Keep each unit's correction in the output, so that it can be undone or added later.
         undo: Units, separated by commas, to take out of the finished run in output_dir.
         add: Units to put back into it.

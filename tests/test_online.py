@@ -313,8 +313,35 @@ def test_an_edited_log_is_a_log(ranks: Callable[[int], Any], tmp_path: Path, upd
     assert found["exact"] < 0.01 < 0.05 < found["none"]
 
 
+def resumed_past_an_edit(config: Config, folder: Path) -> tuple[float, float, int]:
+    """(‖difference of a sweep that was stopped behind an edit and gone on with, and of one that was not‖, ‖v‖, open steps)."""
+    from lmc_dist.curvature import HVPConfig, TokenCrossEntropy
+    from lmc_dist.logged_run import open_logged_run
+    from lmc_dist.trajectory.edits import with_open_edits
+    from lmc_dist.unlearn.problem import Problem
+    from lmc_dist.unlearn.unit_sweeps import correct_units
+    from lmc_dist.unlearn.units import joint_unit
+
+    run = open_logged_run(config, this_runtime())
+    log = run.log
+    asked = Counterfactual("renormalize", frozenset(log.record(0).sample_ids[:1]))
+    request, passed = with_open_edits(asked, log.edits, log.records())
+    assert list(passed) == [2] and request.batch_ids
+    problem = Problem(log, run.module, TokenCrossEntropy(), run.batches, request, HVPConfig("none"))
+
+    def stop(status: Any) -> None:
+        if status.step == 5:
+            raise LmcError("stopped here")
+
+    whole = correct_units(problem, [joint_unit(request)], folder / "whole")
+    with pytest.raises(LmcError, match="stopped here"):
+        correct_units(problem, [joint_unit(request)], folder / "again", mark_every=1, progress=stop)
+    again = correct_units(problem, [joint_unit(request)], folder / "again", mark_every=1)
+    return (whole.v - again.v).norm(), whole.v.norm(), whole.behind
+
+
 def test_companions_of_removed_batches_are_learned_later(ranks: Callable[[int], Any], tmp_path: Path) -> None:
-    config = online_config(tmp_path, "fsdp2", {"replay_head": "all", "relearn_per_step": 3}, max_steps=8)
+    config = online_config(tmp_path, "fsdp2", {"replay_head": "all", "relearn_per_step": 3}, max_steps=8, **ADAM)
     trained = ranks(2).run(train_with_requests, config, {2: [{"sample_ids": [3], "unit": "batch"}]})[0]
     log = TrajectoryLog(config.log_dir)
     (edit,) = log.edits.values()
@@ -328,6 +355,9 @@ def test_companions_of_removed_batches_are_learned_later(ranks: Callable[[int], 
     assert 3 not in {i for ids in later for i in ids}
     for k, ids in enumerate(later[:2]):
         assert set(edit.relearn[3 * k : 3 * k + 3]) <= set(ids)
+    # a later correction that goes over this one, cut off behind it
+    difference, size, behind = ranks(1).run(resumed_past_an_edit, config, tmp_path)[0]
+    assert difference == 0 < size and behind == 0
 
 
 def test_what_left_the_ring(ranks: Callable[[int], Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from forks import Forks, Group
 from test_faults import finished, records_of, tiny_config
@@ -48,7 +50,7 @@ def slowly(seconds: float, rank: int) -> None:
         time.sleep(seconds)
         return asked(group)
 
-    for module in ("lmc_dist.training", "lmc_dist.unlearn.sweep"):
+    for module in ("lmc_dist.training", "lmc_dist.unlearn.sweep", "lmc_dist.trajectory.replay_marks"):
         __import__(module, fromlist=["stop_asked"]).stop_asked = wait
 
 
@@ -88,20 +90,29 @@ def test_training_stops_after_a_step_and_goes_on_to_the_bit(forks: Forks, tmp_pa
     assert checksum(found.theta(STEPS)) == checksum(whole.theta(STEPS))
 
 
-def test_unlearning_stops_at_a_mark_and_goes_on_to_the_bit(forks: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [0, 20, "auto", "all"])
+def test_unlearning_stops_at_a_mark_and_goes_on_to_the_bit(forks: Forks, tmp_path: Path, head: Any) -> None:
+    """By the recursion, within a replayed head of one length or another, and within exact replay."""
     config = tiny_config(tmp_path, steps=STEPS)
     log = finished(forks, config)
     asked = ForgetConfig(samples=str(log.record(1).sample_ids[0]))
-    config = replace(config, forget=asked, unlearn=UnlearnConfig(mark_every=10), progress="none", resume=False)
+    how = UnlearnConfig(mark_every=10, replay_head=head, head_tolerance=1e-6)
+    config = replace(config, forget=asked, unlearn=how, progress="none", resume=False)
     whole, stopped = (replace(config, output_dir=str(tmp_path / name)) for name in ("whole", "stopped"))
     group = forks.start(tmp_path / "out", 2, work_job, whole, "unlearn")
     assert group.wait() == [0, 0], group.output()
     group = forks.start(tmp_path / "out", 2, work_job, stopped, "unlearn", before=partial(slowly, 0.05))
-    wait_for(group, lambda: list((tmp_path / "stopped.work").glob("*/passes/*/mark-*")))
+    wait_for(group, lambda: [*(tmp_path / "stopped.work").glob("**/mark-*")])
     os.kill(group.pids[0], signal.SIGTERM)
     assert group.wait() == [STOPPED, STOPPED], group.output()
     assert "(the same command goes on), as SIGTERM asked" in group.output()
     assert not (tmp_path / "stopped").exists()
+    if head == "all":  # the same mark, gone on from by another number of ranks
+        shutil.copytree(tmp_path / "stopped.work", tmp_path / "alone.work")
+        group = forks.start(
+            tmp_path / "out", 1, work_job, replace(config, output_dir=str(tmp_path / "alone")), "unlearn"
+        )
+        assert group.wait() == [0], group.output()
     group = forks.start(tmp_path / "out", 2, work_job, stopped, "unlearn")
     assert group.wait() == [0, 0], group.output()
     assert not (tmp_path / "stopped.work").exists() and not (tmp_path / "whole.work").exists()
@@ -114,6 +125,17 @@ def test_unlearning_stops_at_a_mark_and_goes_on_to_the_bit(forks: Forks, tmp_pat
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), file
     results = [read_json(tmp_path / name / "result.json") for name in ("whole", "stopped")]
     assert results[0]["v_norm"] == results[1]["v_norm"] > 0
+    assert results[0]["gradients_equivalent"] == results[1]["gradients_equivalent"]
+    if head == "all":
+        alone, (two, again) = read_json(tmp_path / "alone/result.json"), (found["replay"] for found in results)
+        assert two == again and two["bit_exact_world_size"] and not alone["replay"]["bit_exact_world_size"]
+        assert alone["v_norm"] == pytest.approx(results[0]["v_norm"], rel=1e-4)
+        assert alone["gradients_equivalent"] == results[0]["gradients_equivalent"]
+    else:
+        audits = [read_json(tmp_path / name / "audit/audit_records.json") for name in ("whole", "stopped")]
+        for audit in audits:
+            audit[0].pop("seconds")
+        assert audits[0] == audits[1] and (head == 0) == (audits[0][0]["replay_head"] == 0)
 
 
 def test_a_rank_that_dies_ends_the_job_with_its_name(forks: Forks, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lmc_dist.config import Config, TrainConfig
 from lmc_dist.console import StepProgress
 from lmc_dist.errors import LmcError
 from lmc_dist.logged_run import starting_model
-from lmc_dist.runtime import AgreedError, Runtime, agreement, promoted
+from lmc_dist.runtime import AgreedError, Runtime, agreement, promoted, remove_folder
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
@@ -227,6 +227,7 @@ def _baseline(run: BaselineRun, ends: bool) -> dict[str, Any]:
         }
         correction = Correction(v, (audit,), gradients, weights)
         write_results(part, log, run.module, weights, correction, result, run.tokenizer)
+    remove_folder(run.work_dir)
     names = ("rel_error", "seconds_unlearn", "seconds_retrain", "gradients_equivalent", "v_norm")
     methods = {row["method"]: row for row in rows}
     run.tracker.summary({**{name: result[name] for name in names}, "methods": methods, "audit": audit_summary([audit])})

@@ -27,6 +27,7 @@ from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_
 from lmc_dist.trajectory.edits import LogEdit, with_open_edits
 from lmc_dist.trajectory.reader import FLOATS
 from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
+from lmc_dist.trajectory.replay_marks import Reached, ReplayMarks
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.update_rules.settings import DEEPSPEED_ADAM
 
@@ -58,6 +59,7 @@ def replay(
     batches: BatchSource,
     counterfactual: Counterfactual | None = None,
     progress: Callable[[int], None] = lambda step: None,
+    marks: ReplayMarks | None = None,
 ) -> ReplayResult:
     """Repeats the run from the last snapshot before the first changed step, without the forgotten data. Collective.
 
@@ -68,9 +70,11 @@ def replay(
         counterfactual: What to leave out, and with it what earlier corrections of the run took out that it reaches past; None
             repeats the whole run as it was, its corrections included.
         progress: Called with each step done.
+        marks: Of the same engine, where it keeps its state from time to time, to go on from after an interruption.
 
     Raises:
         LmcError: Snapshot missing, or, on the logged engine and world size, a step that does not reproduce its checksum.
+        Stopped: With `marks`, where a stop was asked for.
     """
     shards = engine_shards(engine)
     first = 0
@@ -78,12 +82,19 @@ def replay(
     if counterfactual is not None:
         counterfactual, passed, first = first_change(log, counterfactual)
     start = replay_start(log, first)
-    stand_at(shards, log, start)
-    exact = True  # until a step was run in another way than this engine runs it
-    if start > 0:
-        warm_up(shards, log, batches, start)
-    steps = verified = 0
-    for step in range(start, log.num_steps):
+    at = marks.load() if marks is not None else None
+    if at is None:
+        at = Reached(start)
+        stand_at(shards, log, start)
+        if marks is not None:
+            marks.newest = start
+    steps, verified = at.steps, at.verified
+    exact = at.exact  # until a step was run in another way than this engine runs it
+    # A mark may be of another number of ranks: what is left of the run says only how this one runs it.
+    exact = exact and all(can_be_exact(shards, log.manifest.segment(step)) for step in range(start, at.step))
+    if 0 < at.step < log.num_steps:
+        warm_up(shards, log, batches, at.step)
+    for step in range(at.step, log.num_steps):
         record = log.record(step)
         exact = exact and can_be_exact(shards, log.manifest.segment(step))
         edited = edit_step(record, counterfactual, log.manifest.loss_normalization, batches.num_targets)
@@ -97,6 +108,8 @@ def replay(
         if step + 1 in log.edits and step + 1 not in passed:  # a correction that stays
             stand_at(shards, log, step + 1)
         progress(step)
+        if marks is not None:
+            marks.leave(Reached(step + 1, steps, verified, exact), log.num_steps)
     return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
 
 

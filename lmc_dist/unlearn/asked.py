@@ -11,10 +11,11 @@ from typing import Any
 
 from lmc_dist.config import Config
 from lmc_dist.data import PERSON_STRIDE, epoch_order
-from lmc_dist.errors import LmcError
+from lmc_dist.digest import json_digest
+from lmc_dist.errors import LmcError, Stopped
 from lmc_dist.evaluate.distance import mean_loss, relative_error
 from lmc_dist.logged_run import open_logged_run, starting_model
-from lmc_dist.runtime import Runtime, agreement, check_replaceable
+from lmc_dist.runtime import Runtime, agreement, check_replaceable, remove_folder
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.tracking import Tracker, check_tracking, tracked
 from lmc_dist.training import read_request
@@ -108,10 +109,23 @@ class AskedRun:
         """What of it is shown on this rank."""
         return self.config.progress if self.runtime.is_main else "none"
 
+    @property
+    def work_dir(self) -> Path:
+        """Where marks and finished parts are until the run is."""
+        return self.output_dir.with_name(self.output_dir.name + ".work")
+
     def replay(self, theta: ShardedVector, progress: Callable[[int], None]) -> tuple[Correction, dict[str, Any]]:
-        """The correction by exact replay, and how far it was certified by checksums on the way. Collective."""
-        model = starting_model(self.config, self.model_config, self.log)
-        return replayed_correction(self.log, model, self.batches, self.request, theta, progress)
+        """The correction by exact replay, and how far it was certified by checksums on the way. Collective.
+
+        Marks are left in `work_dir`, from which the same command goes on.
+        """
+        model, request = starting_model(self.config, self.model_config, self.log), self.request
+        what = [self.log.fingerprint, request.kind, sorted(request.sample_ids), sorted(request.batch_ids)]
+        work = self.work_dir / f"replay-{json_digest(what)[:12]}"
+        with gone_after_an_error(work):
+            return replayed_correction(
+                self.log, model, self.batches, request, theta, progress, work, self.config.unlearn.mark_every
+            )
 
     def forgotten_ids(self) -> list[int]:
         """Samples the request is about: its own, or those of its batches."""
@@ -185,3 +199,16 @@ class AskedRun:
             "gradients": gradients,
             "seconds": seconds,
         }
+
+
+@contextmanager
+def gone_after_an_error(work: Path) -> Iterator[None]:
+    """Removes unfinished work where the block fails on all ranks; a block that was stopped goes on from it. Collective."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except LmcError:  # it would come again from the mark
+        remove_folder(work)
+        remove_folder(work.parent, only_empty=True)
+        raise

@@ -9,7 +9,8 @@ so that it runs on any number of ranks and without the engine that trained.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
@@ -62,6 +63,15 @@ class Head:
         self.steps, self.age = 0, 0
         self.trial: Window | None = None
         self.error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """How far it is, without the trial's vectors. Local."""
+        return {"is_on": self.is_on, "steps": self.steps, "age": self.age, "error": self.error}
+
+    def take_up(self, known: Mapping[str, Any], trial: Window | None) -> None:
+        """Goes on from where `to_json` was asked. Local."""
+        self.is_on, self.steps, self.age, self.error = (known[key] for key in ("is_on", "steps", "age", "error"))
+        self.trial = trial
 
     def advance(self, joint: Window) -> None:
         """Counts a step that both have taken. Collective with `auto`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 
-from lmc_dist.runtime import agreement, broadcast_object
+from lmc_dist.runtime import agreement
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.files import fsync_path, publish_files, read_json, stage_shard_file, write_json
-from lmc_dist.trajectory.reader import ShardReader
+from lmc_dist.trajectory.marks import MarkFolder
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.totals import Total
 from lmc_dist.unlearn.windows import RECENT, Window
@@ -35,6 +33,8 @@ class Mark:
         worst: See `GrowthGuard`.
         missed: See `StepProducts`.
         basis: `low_rank`: step whose basis was in use.
+        felt_until: See `Sweep`: it depends on the corrections that lie behind.
+        head: See `Head.to_json`; the trial, if there is one, is the last of the windows.
     """
 
     step: int
@@ -45,11 +45,13 @@ class Mark:
     cost: float
     worst: tuple[float, float, float]
     missed: float | None
-    basis: int | None = None
+    basis: int | None
+    felt_until: dict[int, int]
+    head: dict[str, Any] | None = None
 
 
-class Marks:
-    """Where a sweep leaves its marks, `mark-STEP` each; the one before goes only once the next is whole.
+class Marks(MarkFolder):
+    """Where a sweep leaves its marks.
 
     Args:
         folder: Their folder.
@@ -60,19 +62,11 @@ class Marks:
     """
 
     def __init__(self, folder: Path, layout: ShardLayout, dtype: torch.dtype, every: int, keep: bool = False) -> None:
-        self.folder, self.layout, self.dtype, self.every, self.keep = folder, layout, dtype, every, keep
-        self.newest: int | None = None
-
-    def is_due(self, step: int) -> bool:
-        """Whether a mark should be left before a step. Local, the same on all ranks."""
-        return step >= (self.newest or 0) + self.every
+        super().__init__(folder, layout, every, keep)
+        self.dtype = dtype
 
     def save(self, mark: Mark) -> None:
         """Replaces the last mark by this one. Collective."""
-        part = self.folder / "mark.part"
-        with agreement(self.layout.group):
-            if self.layout.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
         vectors = {f"sigma-{key}": vector for key, vector in mark.state.vectors.items()}
         for i, window in enumerate(mark.windows):
             vectors |= {f"window-{i}-v": window.at.v}
@@ -80,24 +74,10 @@ class Marks:
         for i, total in enumerate(mark.sums.values()):
             vectors |= {f"sum-{i}-{key}": vector for key, vector in total.state.items()}
             vectors |= {} if total.v is None else {f"sum-{i}-v": total.v}
-        with agreement(self.layout.group):
-            publish_files(
-                [
-                    stage_shard_file(part, self.layout, dict(vector.items()), {"kind": kind}, kind=kind)
-                    for kind, vector in vectors.items()
-                ]
-            )
-        with agreement(self.layout.group):
-            if self.layout.rank == 0:
-                write_json(part / "mark.json", self._description(mark))
-                old = [] if self.keep else self._steps()
-                part.replace(self.folder / f"mark-{mark.step}")
-                fsync_path(self.folder)
-                for step in old:
-                    shutil.rmtree(self.folder / f"mark-{step}", ignore_errors=True)
-        self.newest = mark.step
+        self.write(mark.step, vectors, self._description(mark))
 
-    def _description(self, mark: Mark) -> dict[str, Any]:
+    @staticmethod
+    def _description(mark: Mark) -> dict[str, Any]:
         def plain(window: Window) -> dict[str, Any]:
             known = {key: value for key, value in vars(window).items() if key != "at"}
             return known | {"recent": list(window.recent), "paces": list(window.paces), "kinds": list(window.at.state)}
@@ -112,8 +92,6 @@ class Marks:
             for unit, total in mark.sums.items()
         }
         return {
-            "step": mark.step,
-            "partition": self.layout.rule,
             "windows": [plain(window) for window in mark.windows],
             "sums": sums,
             "left": mark.left,
@@ -123,6 +101,8 @@ class Marks:
             "worst": list(mark.worst),
             "missed": mark.missed,
             "basis": mark.basis,
+            "felt_until": sorted(mark.felt_until.items()),
+            "head": mark.head,
         }
 
     def load(self, until: int | None = None) -> Mark | None:
@@ -134,19 +114,15 @@ class Marks:
         Raises:
             LmcError: It is damaged.
         """
-        with agreement(self.layout.group):
-            steps = [step for step in self._steps() if until is None or step <= until]
-        step = broadcast_object(max(steps, default=None), self.layout.group)
-        if step is None:
+        found = self.last(until)
+        if found is None:
             return None
+        known, read_kind = found
+
+        def read(kind: str) -> ShardedVector:
+            return read_kind(kind, self.dtype)
+
         with agreement(self.layout.group):
-            folder = self.folder / f"mark-{step}"
-            known = read_json(folder / "mark.json")
-
-            def read(kind: str) -> ShardedVector:
-                reader = ShardReader(folder, self.layout, known["partition"], f"mark {folder}", kind)
-                return reader.read(self.dtype)
-
             windows = []
             for i, row in enumerate(known["windows"]):
                 kinds = row.pop("kinds")
@@ -156,23 +132,19 @@ class Marks:
                 windows.append(Window(**row, at=at, recent=recent, paces=paces, norms=norms))
             sums: dict[str, Total] = {}
             for i, (unit, row) in enumerate(known["sums"].items()):
-                found = {key: read(f"sum-{i}-{key}") for key in row["kinds"]}
+                state = {key: read(f"sum-{i}-{key}") for key in row["kinds"]}
                 v = read(f"sum-{i}-v") if row["has_v"] else None
-                sums[unit] = Total(v, found, row["behind"], [AuditRecord(**a) for a in row["audit"]])
-            state = State({key: read(f"sigma-{key}") for key in known["state"]}, known["counter"])
-            self.newest = known["step"]
+                sums[unit] = Total(v, state, row["behind"], [AuditRecord(**a) for a in row["audit"]])
             return Mark(
                 known["step"],
                 windows,
                 sums,
                 known["left"],
-                state,
+                State({key: read(f"sigma-{key}") for key in known["state"]}, known["counter"]),
                 known["cost"],
                 tuple(known["worst"]),  # type: ignore[arg-type]
                 known["missed"],
                 known["basis"],
+                dict(known["felt_until"]),
+                known["head"],
             )
-
-    def _steps(self) -> list[int]:
-        """Steps that have a mark. After an interruption there can be two, the older one without some of its files."""
-        return [int(path.name.removeprefix("mark-")) for path in self.folder.glob("mark-*")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.edits import first_touched
 from lmc_dist.trajectory.replay import replay, replay_engine
+from lmc_dist.trajectory.replay_marks import ReplayMarks
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction
@@ -27,6 +29,8 @@ def replayed_correction(
     request: Counterfactual,
     theta: ShardedVector,
     progress: Callable[[int], None] = lambda step: None,
+    work: Path | None = None,
+    mark_every: int | None = None,
 ) -> tuple[Correction, dict[str, Any]]:
     """v and dσ by repeating the run without the data, and how far the replay was certified. Collective.
 
@@ -37,13 +41,19 @@ def replayed_correction(
         request: What to leave out; it touches the log.
         theta: θ_τ.
         progress: Called with each step done.
+        work: Where marks are left, of this log and request alone; what an earlier run left there is used.
+        mark_every: Steps between two marks; None leaves none.
 
     Raises:
         LmcError: As `replay` and `replay_engine`.
+        Stopped: With marks, where a stop was asked for.
     """
     started = time.perf_counter()
     engine = replay_engine(model, log)
-    result = replay(engine, log, batches, request, progress)
+    marks = None
+    if work is not None and mark_every is not None:
+        marks = ReplayMarks(work, engine_shards(engine), mark_every)
+    result = replay(engine, log, batches, request, progress, marks)
     vectors, scalars = engine_shards(engine).read_state()
     engine.destroy()
     # A log that was cut off has θ_τ by its updates, but not the optimizer's state there.

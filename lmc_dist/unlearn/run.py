@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from lmc_dist.audit.files import MARKS
@@ -27,9 +26,9 @@ from lmc_dist.tracking import Tracker, audit_summary
 from lmc_dist.trajectory.kept import KeptCurvature, load_curvature
 from lmc_dist.trajectory.logger import package_versions
 from lmc_dist.trajectory.store import TrajectoryLog
-from lmc_dist.unlearn.asked import AskedRun
+from lmc_dist.unlearn.asked import AskedRun, gone_after_an_error
 from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction, is_finite
-from lmc_dist.unlearn.head import check_head
+from lmc_dist.unlearn.head import Head, check_head
 from lmc_dist.unlearn.problem import Problem
 from lmc_dist.unlearn.recombine import UNITS
 from lmc_dist.unlearn.reference import reference_of
@@ -174,7 +173,7 @@ class UnlearningRun(AskedRun):
                 return MethodResult(method.name, label, correction, time.perf_counter() - started, certificate)
             hvp, K = self._hvp(method.hessian_mode, method.damping), unlearn.K
             kept = self.kept if hvp.mode == "low_rank" else None
-            is_marked = unlearn.mark_every is not None and kept is None and method.replay_head == 0
+            is_marked = unlearn.mark_every is not None and kept is None
             label += f" '{kept.name}'" if kept else ""
             label += f", K={'all' if K is None else K}" if method.hessian_mode != "none" or K is not None else ""
             label += f", λ={hvp.damping:g}" if hvp.damping else ""
@@ -182,8 +181,9 @@ class UnlearningRun(AskedRun):
             if is_marked:
                 problem = self._problem(hvp, None, unlearn.tol)
                 whole = [joint_unit(self.request)]
-                work = self.work_dir / f"{method.name}-{work_digest(problem, whole)[:12]}"
-                try:
+                head = Head(method.replay_head, unlearn.head_tolerance) if method.replay_head else None
+                work = self.work_dir / f"{method.name}-{work_digest(problem, whole, head)[:12]}"
+                with gone_after_an_error(work):
                     correction = correct_units(
                         problem,
                         whole,
@@ -191,13 +191,8 @@ class UnlearningRun(AskedRun):
                         mark_every=unlearn.mark_every,
                         progress=progress,
                         keep_marks=self.config.audit.keep_marks and method == self.methods()[0],
+                        head=head,
                     )
-                except Stopped:
-                    raise
-                except LmcError:  # on all ranks; it would come again from the mark, of which nothing is left then
-                    remove_folder(work)
-                    remove_folder(self.work_dir, only_empty=True)
-                    raise
             else:
                 correction = compute_correction(
                     self.log,
@@ -255,11 +250,6 @@ class UnlearningRun(AskedRun):
         unlearn = self.config.unlearn
         is_joint = self.units is None
         return is_joint and is_finite(unlearn.update, self.log, self.touched[0].step, unlearn.K, kept)
-
-    @property
-    def work_dir(self) -> Path:
-        """Where finished units and marks are until the run is."""
-        return self.output_dir.with_name(self.output_dir.name + ".work")
 
     def _progress(self, name: str) -> Any:
         span = self.touched[0].step, self.log.num_steps

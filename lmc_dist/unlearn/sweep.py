@@ -170,7 +170,7 @@ class Sweep:
         """Stretches [start, stop) of the trajectory to walk: what lies between windows is left out where it can be."""
         legs: list[tuple[int, int]] = []
         for step in self.sources.steps:
-            start, stop = self.path.start(step), self.tau if self.head.is_on else self._last(step) + 1
+            start, stop = self.path.start(step), self.tau if self.head.length else self._last(step) + 1
             if legs and start <= legs[-1][1]:
                 legs[-1] = (legs[-1][0], max(stop, legs[-1][1]))
             else:
@@ -448,16 +448,21 @@ class Sweep:
         """Keeps the state before `step`, when it is time."""
         if self.marks is None or not (is_due or self.marks.is_due(step)) or not self.totals.left:
             return
-        totals, products = self.totals, self.products
+        totals, products, trial = self.totals, self.products, self.head.trial if self.head.is_on else None
+        windows = self.windows if trial is None else [*self.windows, trial]
         found = totals.sums, dict(totals.left), self.path.state
-        curvature = products.missed, products.counted
-        self.marks.save(Mark(step, self.windows, *found, self.cost, self.guard.worst, *curvature))
+        curvature = products.missed, products.counted, dict(self.felt_until)
+        head = None if not self.head.length else {**self.head.to_json(), "has_trial": trial is not None}
+        self.marks.save(Mark(step, windows, *found, self.cost, self.guard.worst, *curvature, head))
 
     def _restore(self, mark: Mark) -> int:
         self.windows, self.totals.left, self.totals.sums = mark.windows, mark.left, mark.sums
         self.path.stand(mark.step, mark.state)
         self._earlier_cost, self.guard.worst = mark.cost, mark.worst
         self.products.missed, self.products.counted = mark.missed, mark.basis
+        self.felt_until = dict(mark.felt_until)
+        if mark.head is not None:
+            self.head.take_up(mark.head, self.windows.pop() if mark.head["has_trial"] else None)
         return mark.step
 
 

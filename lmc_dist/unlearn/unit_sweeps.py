@@ -31,6 +31,7 @@ from lmc_dist.trajectory.files import fsync_path, read_json, write_json
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import AuditRecord
 from lmc_dist.unlearn.correction import Correction, load_full_correction
+from lmc_dist.unlearn.head import Head
 from lmc_dist.unlearn.marks import Marks
 from lmc_dist.unlearn.problem import Problem, SweepResult
 from lmc_dist.unlearn.status import Progress, Status, unwatched
@@ -51,6 +52,7 @@ def correct_units(
     mark_every: int | None = 50,
     progress: Progress = unwatched,
     keep_marks: bool = False,
+    head: Head | None = None,
 ) -> Correction:
     """Corrects every unit by itself and adds them up. Collective.
 
@@ -64,6 +66,7 @@ def correct_units(
         mark_every: Steps between two marks of a pass; None leaves none.
         progress: Called on the first rank of each group.
         keep_marks: Keep all marks of a single pass, in `folder/marks`.
+        head: Steps to replay first, for a single unit that is the whole request.
 
     Returns:
         The sum of all units' corrections, in the order of their names whatever computed them, with all their audits.
@@ -81,7 +84,7 @@ def correct_units(
             raise LmcError("no logged step that changed the weights holds any of the forgotten data")
         if len(trained) < len(units):
             logger.warning("%d of %d units were never trained on", len(units) - len(trained), len(units))
-    _claim(folder, problem, units)
+    _claim(folder, problem, units, head)
     mesh = unit_mesh(num_groups)
     if num_groups > 1:
         assert make_module is not None
@@ -90,7 +93,7 @@ def correct_units(
     cost, error = 0.0, None
     try:
         for number in mesh.take(len(passes)):
-            cost += _Pass(problem, passes[number], folder, mark_every, len(trained), progress, keep_marks).run()
+            cost += _Pass(problem, passes[number], folder, mark_every, len(trained), progress, keep_marks, head).run()
     except Exception as caught:  # the other groups finish what they are at
         error = caught
         mesh.fail()
@@ -134,7 +137,9 @@ class _Pass:
         total: int,
         progress: Progress,
         keep_marks: bool,
+        head: Head | None,
     ) -> None:
+        self.head = head
         self.problem, self.units, self.folder, self.total, self.progress = problem, units, folder, total, progress
         self.layout, self.mark_every, self.keep_marks = problem.trajectory.layout, mark_every, keep_marks
         digest = hashlib.blake2b("\n".join(unit.name for unit in units).encode(), digest_size=8).hexdigest()
@@ -154,7 +159,7 @@ class _Pass:
             marks = Marks(self.own, self.layout, dtype, self.mark_every, self.keep_marks)
         # A mark is of all units of the pass. They go together even where there is none yet: vectors in other company are
         # the same to rounding only, and what comes of a stopped run is to be the same to the bit.
-        sweep = Sweep(self.problem, left if marks is None else self.units, marks=marks)
+        sweep = Sweep(self.problem, left if marks is None else self.units, self.head, marks)
         sweep.run(self._keep, self._report)
         self._clear()
         return sweep.cost
@@ -205,7 +210,7 @@ class _Pass:
             self.progress(replace(status, done=self.finished, left=self.total - self.finished))
 
 
-def work_digest(problem: Problem, units: Sequence[Unit]) -> str:
+def work_digest(problem: Problem, units: Sequence[Unit], head: Head | None = None) -> str:
     """By which the work on a request with these settings is known again. Local."""
     log = problem.trajectory
     assert isinstance(log, TrajectoryLog)
@@ -221,17 +226,18 @@ def work_digest(problem: Problem, units: Sequence[Unit]) -> str:
         "K": problem.K,
         "tol": problem.tol,
         **({"update": "finite"} if problem.is_finite else {}),
+        **({"head": [head.length, head.tolerance]} if head is not None else {}),
     }
     return json_digest(identity)
 
 
-def _claim(folder: Path, problem: Problem, units: Sequence[Unit]) -> None:
+def _claim(folder: Path, problem: Problem, units: Sequence[Unit], head: Head | None) -> None:
     """Makes the folder this request's, or finds that it is. Collective.
 
     Raises:
         LmcError: It is of another one.
     """
-    log, digest = problem.trajectory, work_digest(problem, units)
+    log, digest = problem.trajectory, work_digest(problem, units, head)
     path = folder / "work.json"
     with agreement(log.layout.group):
         if path.exists() and read_json(path)["digest"] != digest:
