@@ -204,6 +204,7 @@ REPLAYED: dict[str, tuple[str, Any, str, int, int, dict[str, Any]]] = {
     ),
     "zero3, gradient, dropout, zero": ("zero3", GPT2, "zero", 1, 2, {"storage": "gradient", "compression": "zstd"}),
     "fsdp2, full, batches": ("fsdp2", LLAMA, "skip", 5, 2, {"storage": "full"}),
+    "zero3 in bfloat16": ("zero3-bf16", LLAMA, "renormalize", 3, 1, {}),
     "ddp, ring, batches": ("ddp", GPT2, "skip", 6, 7, {"max_steps": 3}),
 }
 
