@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from lmc_dist import watchdog
 from lmc_dist.errors import LmcError, Stopped
+from lmc_dist.paths import named
 from lmc_dist.ports import free_port
 from lmc_dist.stopping import confirm
 
@@ -52,6 +53,8 @@ def init(timeout_minutes: float = 30) -> Runtime:
     On CPU the group is gloo. DeepSpeed would compile a shared-memory op there first (half a minute, and a C++
     compiler); gloo does not need it, so it is marked incompatible.
     """
+    if not dist.is_initialized():
+        check_launched(os.environ)
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
@@ -62,11 +65,7 @@ def init(timeout_minutes: float = 30) -> Runtime:
     use_cuda = torch.cuda.is_available()
     if not use_cuda:
         keep_freed_memory()
-    if (
-        not use_cuda and "OMP_NUM_THREADS" not in os.environ
-    ):  # ranks that share cores slow each other down 5 to 10 times
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    set_threads(use_cuda)
     if use_cuda:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
@@ -84,6 +83,34 @@ def init(timeout_minutes: float = 30) -> Runtime:
     if world_size != expected:
         raise LmcError(f"the process group has {world_size} ranks, the launcher started {expected}")
     return Runtime(dist.get_rank(), world_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+
+
+def check_launched(environment: Mapping[str, str]) -> None:
+    """Checks that a rank among several has been told which one it is and where the others are. Pure.
+
+    Raises:
+        LmcError: It has not; each process would take itself for the first one, and wait for the others.
+    """
+    world_size = environment.get("WORLD_SIZE", "1")
+    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(key)]
+    if world_size != "1" and missing:
+        raise LmcError(
+            f"WORLD_SIZE={world_size} in the environment, without {', '.join(missing)}: start the ranks with torchrun, "
+            "deepspeed or `lmc slurm render`, or unset WORLD_SIZE for a single process"
+        )
+
+
+def set_threads(use_cuda: bool) -> None:
+    """Gives this rank its share of the host's cores, unless OMP_NUM_THREADS says otherwise. Local.
+
+    Ranks that share cores slow each other down 5 to 10 times. On GPUs vectors and update rules are still the host's work,
+    and torchrun, unless told otherwise, sets one thread a rank.
+    """
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is not None and not (use_cuda and given == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 
 
 def keep_freed_memory() -> None:
@@ -124,6 +151,7 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> No
     Raises:
         AgreedError: Some rank passed an error.
     """
+    group = _talking(group)
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         if error is not None:
             raise error if isinstance(error, LmcError) else AgreedError(describe(error)) from error
@@ -162,6 +190,7 @@ def agreement(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's value on every rank. Collective."""
+    group = _talking(group)
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value
     box = [value]
@@ -169,17 +198,23 @@ def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     return box[0]
 
 
-def check_replaceable(folder: Path, marker: str, overwrite: bool) -> None:
+def check_replaceable(folder: Path, marker: str, overwrite: bool, is_kept: bool = False) -> None:
     """Checks that results may go to `folder`: absent, empty, or an earlier run's and `overwrite` given. Local.
 
     Args:
         folder: Where results will go.
         marker: A file by which an earlier run's folder is recognised.
         overwrite: Whether an earlier run may be replaced.
+        is_kept: The folder stays and gets the results' files; else it is replaced as a whole.
 
     Raises:
-        LmcError: Neither.
+        LmcError: Neither, or it is the folder that the process is in.
     """
+    if not is_kept and Path(os.path.abspath(folder)) == Path.cwd():
+        raise LmcError(
+            f"{folder} is the present folder, and results replace theirs as a whole: choose another folder, or call from "
+            "outside it"
+        )
     if not folder.exists() and set_aside(folder).exists() and not overwrite:
         raise LmcError(
             f"{set_aside(folder)} is what a replacement of {folder} that was cut off left: move it back, or pass --overwrite true"
@@ -203,7 +238,8 @@ def remove_folder(folder: Path, group: dist.ProcessGroup | None = None, only_emp
 
 
 def set_aside(folder: Path) -> Path:
-    """Where the results that are replaced are for a moment. Pure."""
+    """Where the results that are replaced are for a moment. Local."""
+    folder = named(folder)
     return folder.with_name(folder.name + ".old")
 
 
@@ -213,6 +249,7 @@ def promoted(folder: Path) -> Iterator[Path]:
 
     Whenever it is cut off, the old results are whole, in `folder` or set aside, until the new ones are in `folder`.
     """
+    folder = named(folder)
     part = folder.with_name(folder.name + ".part")
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     with agreement():
@@ -252,8 +289,13 @@ def cpu_group() -> dist.ProcessGroup | None:
     assert default is not None
     if default not in _cpu_groups:
         backends = str(dist.get_backend_config(default))
-        _cpu_groups[default] = None if "gloo" in backends or "mpi" in backends else dist.new_group(backend="gloo")
+        _cpu_groups[default] = None if "cpu:" in backends else dist.new_group(backend="gloo")
     return _cpu_groups[default]
+
+
+def _talking(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group itself, or, where none is given, all ranks by what moves tensors of the host."""
+    return cpu_group() if group is None else group
 
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -272,7 +314,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
         if dist.is_initialized():
-            dist.barrier()
+            dist.barrier(cpu_group())
     except LmcError as error:
         status = STOPPED if isinstance(error, Stopped) else 2
         rank = int(os.environ.get("RANK", "0"))

@@ -172,7 +172,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(forks: Forks, tmp_path:
             group = forks.start(tmp_path / f"killed-{count}" / "out", 2, train_job, config, before=before)
             while not group.statuses():
                 time.sleep(0.002)
-            if chance.random() < 0.4:  # the others die with it, as under a scheduler
+            together = chance.random() < 0.4
+            if (
+                together and -signal.SIGKILL in group.statuses().values()
+            ):  # the others die with it, as under a scheduler
                 group.kill(range(2))
             statuses = group.wait(50)  # or they end themselves, and do not wait for ever
             if statuses[victim] != -signal.SIGKILL:

@@ -13,6 +13,7 @@ from lmc_dist.curvature.kernels import primal_kernels
 from lmc_dist.curvature.loss import Loss, MicroBatch
 from lmc_dist.curvature.second_order import SecondOrder
 from lmc_dist.shards.module import ShardedModule
+from lmc_dist.shards.precision import float32_matmuls
 from lmc_dist.shards.vector import ShardedVector
 
 T = TypeVar("T")
@@ -71,7 +72,8 @@ class ProductEngine:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=self.random):
             module.train(self.random)
             try:
-                with primal_kernels(module):
+                # the program may have turned either on, for its training
+                with torch.autocast(device.type, enabled=False), float32_matmuls(), primal_kernels(module):
                     yield
             finally:
                 module.train(was_training)

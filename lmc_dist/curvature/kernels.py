@@ -324,14 +324,21 @@ def dual_kernels(
 
 @contextmanager
 def _configured(module: nn.Module, written_out: bool) -> Iterator[None]:
-    """A model configured for another attention than these two calls scaled-dot-product attention inside the block."""
+    """A model configured for another attention than these two calls one of them inside the block.
+
+    In every pass, not in those with tangents alone: other kernels want other masks, which are made before the first block,
+    and some refuse float32.
+    """
     config = getattr(module, "config", None)
     configured = getattr(config, "_attn_implementation", None)
-    swap = written_out and configured is not None and configured not in DIFFERENTIABLE_ATTENTION
-    if written_out:
+    swap = configured is not None and configured not in DIFFERENTIABLE_ATTENTION
+    if written_out or swap:
         tell(configured)
     if swap:
-        config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+        capped = (
+            getattr(config, "attn_logit_softcapping", None) is not None
+        )  # scaled-dot-product attention would leave it out
+        config._attn_implementation = "eager" if capped else "sdpa"  # type: ignore[union-attr]
     try:
         yield
     finally:

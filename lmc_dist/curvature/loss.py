@@ -10,7 +10,7 @@ Shapes: B samples, T positions, V classes, N targets.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,11 @@ class MicroBatch:
     targets: torch.Tensor
     weights: torch.Tensor
     rng_state: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on a device; random state stays in host memory. Local."""
+        inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, targets=self.targets.to(device), weights=self.weights.to(device))
 
 
 OutputCurvature = Callable[[torch.Tensor], torch.Tensor]

@@ -84,7 +84,7 @@ class Stream:
 
     def _start(self) -> None:
         if self.position < len(self.sources):
-            self.pending = PendingGather(self.sources[self.position](), self.module.layout.group)
+            self.pending = PendingGather(self.sources[self.position](), self.module.group)
             self.position += 1
 
     def next(self) -> list[torch.Tensor]:
@@ -121,8 +121,9 @@ class Passes(ABC):
         self.dtype = torch.promote_types(theta.flat.dtype, torch.float32)
         self.segments, self.device = module.segments, module.device
         self.n, self.m = len(self.segments.blocks), len(vectors)
-        self.states = [State(x, rng=[] if x.rng_state is None else [x.rng_state]) for x in micro_batches]
-        outer = PendingGather(self._local(self.segments.outer, vectors), module.layout.group).wait()
+        there = [micro.to(module.device) for micro in micro_batches]
+        self.states = [State(x, rng=[] if x.rng_state is None else [x.rng_state]) for x in there]
+        outer = PendingGather(self._local(self.segments.outer, vectors), module.group).wait()
         self.outer = self.segments.outer.unpack(outer[0])
         self.outer_tangents = [self.segments.outer.unpack(tangent) for tangent in outer[1:]]
         self.outer_total = self._zeros(self.segments.outer)
@@ -207,7 +208,7 @@ class Passes(ABC):
                 state.boundaries[-1], state.tangents[-1] = torch.empty(0), []
         if self.n:
             self._backward(results)
-        self.segments.outer.add_to(results, reduce_scatter(self.outer_total, self.module.layout.group))
+        self.segments.outer.add_to(results, reduce_scatter(self.outer_total, self.module.group))
         back = results.to(self.theta.flat.device)
         return [ShardedVector(self.theta.layout, row) for row in back]
 
@@ -281,7 +282,7 @@ class Passes(ABC):
             for state in self.states:
                 self._pull(state, i + 1, constants, parameters, tangents, total)
             del parameters, tangents
-            segment.add_to(results, reduce_scatter(total, self.module.layout.group))
+            segment.add_to(results, reduce_scatter(total, self.module.group))
         for state in self.states:
             self._pull(state, 0, self.outer_constants, self.outer, self.outer_tangents, self.outer_total)
 

@@ -35,5 +35,5 @@ def summed_loss(
     for values, counts in ProductEngine(module, loss, theta, micro_batches).sample_values():
         sums += torch.stack([values.double().sum(), counts.double().sum()])
     if module.layout.world_size > 1:
-        torch.distributed.all_reduce(sums, group=module.layout.group)
+        torch.distributed.all_reduce(sums, group=module.group)
     return float(sums[0]), int(sums[1])

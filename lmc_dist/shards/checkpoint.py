@@ -33,7 +33,7 @@ def write_checkpoint(
     max_file_bytes: int = _MAX_FILE_BYTES,
     frozen: ShardedVector | None = None,
 ) -> str:
-    """Writes model weights as `save_pretrained` names them, and reads them back. Collective.
+    """Writes model weights by their names in the module, and reads them back. Collective.
 
     Args:
         folder: Existing directory.

@@ -9,6 +9,8 @@ Elements of up to four bytes are summed in blocks, whose sums float64 holds exac
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 
@@ -19,6 +21,15 @@ _CHUNK = 1 << 16  # elements at a time, so that what is made of them stays in th
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Σ_{j < BLOCK} j · 2^31 < 2^52: no partial sum of a block is ever rounded, in whatever order it is added up.
 BLOCK = 2048
+
+
+def bit_sum(tensors: Iterable[torch.Tensor]) -> int:
+    """Σ bits of tensors of four or eight bytes modulo 2^32, by which changes are noticed but for one of the order. Local.
+
+    An addition an element, four times as fast as a comparison; for what is looked at in every step.
+    """
+    sums = [tensor.view(torch.int32).sum(dtype=torch.int32) for tensor in tensors]
+    return sum(torch.stack(sums).tolist()) % 2**32 if sums else 0
 
 
 class BlockSums:

@@ -52,3 +52,32 @@ def model_fingerprint(module: nn.Module) -> str:
     config = {key: value for key, value in model_config(module).items() if key not in _VOLATILE}
     table = [{key: row[key] for key in ("name", "shape", "tied_to")} for row in parameter_table(module)]
     return json_digest([config, table])
+
+
+def model_differences(module: nn.Module, config: dict[str, Any], parameters: list[dict[str, Any]]) -> str:
+    """What a model has otherwise than a manifest says: fields of its config, or of its trainable parameters. Local.
+
+    Args:
+        module: The model.
+        config: The manifest's `model_config`.
+        parameters: The manifest's table.
+    """
+    mine, absent = model_config(module), object()
+    fields = [key for key in sorted({*mine, *config} - _VOLATILE) if mine.get(key, absent) != config.get(key, absent)]
+    if "model_type" in fields:
+        fields = ["model_type"]  # which decides what the others are
+    if fields:
+        told = [f"{key[:40]} is {_short(mine.get(key))}, the log's {_short(config.get(key))}" for key in fields[:4]]
+        return "; ".join(told) + (f"; and {len(fields) - 4} more fields" if len(fields) > 4 else "")
+    here, there = ({row["name"]: row["shape"] for row in rows} for rows in (parameter_table(module), parameters))
+    names = [name for name in [*here, *there] if here.get(name) != there.get(name)]
+    if not names:
+        return "other weights are tied"
+    first, found = names[0], "is trained in another shape"
+    if first not in here or first not in there:
+        found = f"is trained in {'the log' if first in there else 'this model'} alone (model.trainable)"
+    return f"{first[:100]} {found}"
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]

@@ -90,6 +90,9 @@ def skeleton_of(module: nn.Module) -> nn.Module:
                 memo[id(value)] = None
     with _plain_classes(module):
         skeleton = deepcopy(module, memo).eval()
+    for part in skeleton.modules():
+        if "_original_forward" in vars(part):  # accelerate's, under mixed precision: autocast around the class's own
+            del part.forward, part._original_forward
     if (config := getattr(skeleton, "config", None)) is not None:
         config.use_cache = False  # a block that runs again would meet its own keys of the first time
     return skeleton

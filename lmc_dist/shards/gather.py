@@ -24,6 +24,22 @@ _all_gather_base = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter_base = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def device_group(group: dist.ProcessGroup | None, device: torch.device) -> dist.ProcessGroup | None:
+    """The group that moves a device's tensors among the same ranks: NCCL's where there is one, else the given group. Local.
+
+    Where a launcher started NCCL alone, a layout's group is one of gloo, which would copy every tensor of a GPU through
+    the host.
+    """
+    if device.type == "cpu" or not dist.is_initialized():
+        return group
+    world = dist.group.WORLD
+    assert world is not None
+    own = group or world
+    slow = f"{device.type}:gloo" in str(dist.get_backend_config(own))
+    is_same = dist.get_process_group_ranks(own) == dist.get_process_group_ranks(world)
+    return world if slow and is_same else group
+
+
 @dataclass
 class Traffic:
     """Payload of the collectives of this rank since `count_traffic` began, in elements of whole vectors."""

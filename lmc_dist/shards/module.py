@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.gather import all_gather, unpack
+from lmc_dist.shards.gather import all_gather, device_group, unpack
 from lmc_dist.shards.layout import ShardLayout, num_replicas
 from lmc_dist.shards.segments import SegmentedModule
 from lmc_dist.shards.vector import ShardedVector
@@ -26,9 +26,12 @@ class ShardedModule:
     Args:
         module: Any nn.Module; its own trainable parameter values are ignored.
         layout: Where the parameters lie.
-        device: Where buffers live and inputs are put.
+        device: Where it computes; its buffers are moved there.
         blocked: Gather one block at a time inside products; False gathers the whole model.
         frozen: This rank's shards of the parameters that are not trained (`shards.frozen`), over the same ranks.
+
+    Attributes:
+        group: The layout's ranks, by what moves tensors of `device`.
 
     Raises:
         LmcError: The layouts do not hold exactly the module's parameters, or lie by a rule of replicas.
@@ -58,11 +61,13 @@ class ShardedModule:
         if missing := sorted(set(on_meta) - constants):
             raise LmcError(f"frozen parameters need values (frozen=), and {missing[:3]} have none")
         self.module, self.layout, self.device, self.frozen = module, layout, torch.device(device), frozen
+        self.group = device_group(layout.group, self.device)
+        move_buffers(module, self.device)
         self.segments = SegmentedModule(module, layout, blocked, None if frozen is None else frozen.layout)
 
     def gather(self, flat: torch.Tensor) -> torch.Tensor:
         """Flat shards (L,) → all ranks' flat shards (W, L); differentiable. Collective."""
-        return all_gather(flat, self.layout.group)
+        return all_gather(flat, self.group)
 
     def call(self, full: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
         """Forward pass with the parameters unpacked from gathered shards (W, L). Local."""
@@ -105,16 +110,49 @@ def set_rng_state(state: torch.Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
 
 
-def build_skeleton(config: Any, device: torch.device | str = "cpu", attn_implementation: str = "sdpa") -> nn.Module:
-    """A causal language model from its Hugging Face config: parameters on meta, buffers real, in eval mode."""
+@contextmanager
+def attention_refused() -> Iterator[None]:
+    """Names the setting where transformers has no such attention kernel for a model. Local.
+
+    Raises:
+        LmcError: It has not.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "attn_implementation" not in str(error):
+            raise
+        why = str(error).split(". ")[0].split(" yet.")[0]
+        raise LmcError(f"{why}: choose another kernel, --model.attn_implementation eager") from None
+
+
+def build_skeleton(
+    config: Any, device: torch.device | str = "cpu", attn_implementation: str | None = "sdpa"
+) -> nn.Module:
+    """A causal language model from its Hugging Face config: parameters on meta, buffers real, in eval mode.
+
+    Args:
+        config: Of the model.
+        device: Of the buffers.
+        attn_implementation: Attention kernel; None leaves it to transformers, which knows what the model has.
+
+    Raises:
+        LmcError: The model has no such kernel.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
+    with attention_refused(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     model.tie_weights()
     model.config.use_cache = False
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))
+    move_buffers(model, torch.device(device))
     return model.eval()
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Puts a module's buffers on a device. Local."""
+    for part in module.modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.device != device:
+                setattr(part, name, buffer.to(device))

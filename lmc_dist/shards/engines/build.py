@@ -23,7 +23,7 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
     Args:
         name: `deepspeed` with or without a stage behind it (the settings decide), `fsdp2`, `hsdp-R` (FSDP2 in each of R
             replicas), `ddp` or `single`.
-        model: On every rank with the same weights.
+        model: On every rank with the same weights; it goes to this rank's GPU, where there is one.
         make_optimizer: The optimizer of a model's trainable parameters.
         settings: DeepSpeed's whole configuration, or what `EngineShards.settings` was.
 
@@ -38,6 +38,7 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
         if isinstance(shards, UnfusedShards):  # steps once on no gradient when it is made, working weights left behind
             shards.write(shards.read())
         return engine
+    model = model.to(own_device())  # DeepSpeed sees to it by itself
     if name == "fsdp2" or name.startswith("hsdp-"):
         module = shard_fully(model, settings, mesh_shape(name))
         return engine_shards(module, make_optimizer(module))
@@ -48,6 +49,11 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
     if name == "single":
         return SingleShards(model, make_optimizer(model))
     raise LmcError(f"unknown engine '{name}'; available: {', '.join(ENGINES)}")
+
+
+def own_device() -> torch.device:
+    """Where this rank computes: its present GPU, or the CPU where there is none. Local."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def mesh_shape(name: str) -> tuple[int, ...]:

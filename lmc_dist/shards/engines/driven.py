@@ -10,6 +10,7 @@ import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.engines.protocol import EngineShards
+from lmc_dist.shards.engines.torch_loop import counter_device
 from lmc_dist.shards.engines.wrappers import find_wrapper
 
 # Settings that rounding depends on; the others concern speed, output, or are given by replay itself.
@@ -50,11 +51,12 @@ def read_counters(optimizer: Any, flats: Iterable[torch.Tensor]) -> dict[str, fl
     }
 
 
-def as_counter(optimizer: Any, value: float) -> Any:
-    """A counter as the optimizer keeps it."""
+def as_counter(optimizer: Any, value: float, flat: torch.Tensor) -> Any:
+    """A counter as the optimizer keeps it for a flat tensor. Local."""
     if type(optimizer).__module__.startswith("deepspeed."):
         return int(value)
-    return torch.tensor(value, dtype=torch.float32)
+    group = next((g for g in optimizer.param_groups if any(p is flat for p in g["params"])), optimizer.param_groups[0])
+    return torch.tensor(value, dtype=torch.float32, device=counter_device(group, flat))
 
 
 class DeepSpeedShards(EngineShards):

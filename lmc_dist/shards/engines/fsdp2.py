@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
-from lmc_dist.shards.engines.passes import even_passes, measuring, on_device, prepare_pass
+from lmc_dist.shards.engines.passes import even_passes, measuring, prepare_pass
 from lmc_dist.shards.engines.protocol import check_precision
 from lmc_dist.shards.engines.replicated import check_masters
 from lmc_dist.shards.engines.torch_loop import trainable
@@ -131,7 +131,7 @@ class FSDP2Shards(TorchStepShards):
         divisor = next(self._param_groups()).gradient_divide_factor or self.layout.world_size
         with self._displaced(theta), measuring(self.module, device):
             for host in micros:
-                micro = on_device(host, device)
+                micro = host.to(device)
                 prepare_pass(self.module, micro, device)
                 value = loss.value(loss.outputs(self.module(**micro.inputs)), micro)
                 (value * divisor).backward()

@@ -18,6 +18,7 @@ from torch import nn
 
 from lmc_dist.shards.layout import group_rank
 from lmc_dist.shards.module import set_rng_state
+from lmc_dist.shards.precision import float32_matmuls
 
 if TYPE_CHECKING:
     from lmc_dist.curvature.loss import MicroBatch
@@ -32,11 +33,12 @@ def is_measuring() -> bool:
 
 @contextmanager
 def measuring(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts back random numbers and the training mode of every submodule, and keeps the logger out."""
+    """Puts back random numbers and the training mode of every submodule, and keeps the logger and TensorFloat-32 out."""
     modes = [(part, part.training) for part in module.modules()]
     token = _measuring.set(True)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), float32_matmuls():
             yield
     finally:
         _measuring.reset(token)
@@ -80,9 +82,3 @@ def _filler(micro: MicroBatch) -> MicroBatch:
     }
     weights = torch.zeros_like(micro.weights[:1]).cpu()
     return replace(micro, inputs=inputs, targets=micro.targets[:1].cpu(), weights=weights, rng_state=None)
-
-
-def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on `device`."""
-    inputs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in micro.inputs.items()}
-    return replace(micro, inputs=inputs, targets=micro.targets.to(device), weights=micro.weights.to(device))

@@ -8,7 +8,7 @@ computes in. Working weights are those that its forward pass uses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,12 +57,24 @@ class EngineShards(ABC):
         """A copy of the master shards in host memory. Collective."""
 
     @abstractmethod
+    def held(self) -> Iterable[torch.Tensor]:
+        """The masters themselves, without padding, each element on one rank. Local."""
+
+    @abstractmethod
     def working(self) -> ShardedVector:
         """A copy of what the forward pass uses of this rank's shards, in its own dtype, in host memory. Collective."""
 
     @abstractmethod
     def read_state(self) -> State:
         """The optimizer's state, copied. Collective."""
+
+    @abstractmethod
+    def check_state(self) -> None:
+        """Checks that the log can hold what the optimizer keeps. Local.
+
+        Raises:
+            LmcError: Something is neither of a parameter's shape nor a number.
+        """
 
     @abstractmethod
     def write_state(self, vectors: dict[str, ShardedVector], scalars: dict[str, float]) -> None:
@@ -182,6 +194,11 @@ class EngineShards(ABC):
     def clear_gradients(self) -> None:
         """Drops the gradients of a step that has been taken, which loops clear only after it. Local."""
 
+    @property
+    def first_differs(self) -> bool:
+        """Whether a fresh engine's first step is computed otherwise than later ones, so that none may come before it."""
+        return False
+
     def warm_up(self, inputs: dict[str, torch.Tensor]) -> None:  # noqa: B027
         """Brings a fresh engine to where it computes as one that has stepped before. Collective.
 
@@ -252,6 +269,30 @@ class EngineShards(ABC):
         if checksum(working) != checksum(theta.to(working.flat.dtype)):
             raise LmcError("the engine's working shards do not hold the written weights")
         return expected
+
+
+def check_kept(optimizer: Any, key: str, value: Any, shape: torch.Size, name: str) -> None:
+    """Checks that the log can hold a value of an optimizer's state. Local.
+
+    Args:
+        optimizer: Whose it is.
+        key: Its key.
+        value: The value.
+        shape: Of the master.
+        name: Of the master.
+
+    Raises:
+        LmcError: It is neither of the master's shape nor a number.
+    """
+    if value is None or isinstance(value, (int, float)):
+        return
+    if torch.is_tensor(value) and (value.shape == shape or value.numel() == 1):
+        return
+    found = f"of shape {tuple(value.shape)}" if torch.is_tensor(value) else f"of type {type(value).__name__}"
+    raise LmcError(
+        f"{type(optimizer).__name__} keeps '{key}' {found} for {name} of shape {tuple(shape)}: the log holds state of the "
+        "parameter's own shape and single numbers only, use an optimizer that keeps such (SGD, Adam, AdamW)"
+    )
 
 
 def check_precision(dtype: torch.dtype, what: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
-from lmc_dist.shards.engines.passes import measuring, on_device, prepare_pass
+from lmc_dist.shards.engines.passes import measuring, prepare_pass
 from lmc_dist.shards.engines.protocol import EngineShards, check_precision
 from lmc_dist.shards.engines.torch_loop import TorchLoopShards, trainable
 from lmc_dist.shards.engines.torch_step import TorchStepShards
@@ -62,7 +62,7 @@ class ReplicatedShards(EngineShards):
         device = parameters[0].device
         with self._displaced(theta), measuring(self.module, device), agreement(self.layout.group):
             for host in micro_batches:
-                micro = on_device(host, device)
+                micro = host.to(device)
                 prepare_pass(self.module, micro, device)
                 value = loss.value(loss.outputs(self.module(**micro.inputs)), micro)
                 # not backward(): gradients that wait for their step, and the engine's hooks, are left alone
@@ -178,6 +178,10 @@ class DDPShards(TorchStepShards, ReplicatedMasters):
             "find_unused_parameters": wrapper.find_unused_parameters,
             "static_graph": wrapper.static_graph,
         }
+
+    @property
+    def first_differs(self) -> bool:
+        return self.layout.world_size > 2  # two numbers add up to the same in any order
 
     def warm_up(self, inputs: dict[str, torch.Tensor]) -> None:
         """One pass whose gradient is dropped: after its first backward pass DDP reduces in another order. Collective."""

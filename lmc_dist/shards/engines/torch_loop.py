@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.engines.protocol import EngineShards, State
+from lmc_dist.shards.engines.protocol import EngineShards, State, check_kept
 from lmc_dist.shards.vector import ShardedVector
 
 
@@ -72,17 +72,27 @@ class TorchLoopShards(EngineShards):
     def _state(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return ((name, self.base.state.get(p, {})) for name, p in self.masters.items())
 
+    def held(self) -> Iterator[torch.Tensor]:
+        return (self._shard(name, master.detach()) for name, master in self.masters.items())
+
+    def check_state(self) -> None:
+        for name, state in self._state():
+            for key, value in state.items():
+                check_kept(self.base, key, value, self.masters[name].shape, name)
+
     def read_state(self) -> State:
         """The optimizer's state, copied. Local.
 
         Raises:
-            LmcError: Parameters whose counters differ, or without state where others have some.
+            LmcError: Parameters whose counters differ, or without state where others have some; state that is neither of
+                a parameter's shape nor a number.
         """
+        self.check_state()
         per_element: dict[str, dict[str, torch.Tensor]] = {}
         counters: dict[str, dict[str, float]] = {}
         for name, state in self._state():
             for key, value in state.items():
-                if not torch.is_tensor(value) and not isinstance(value, (int, float)):
+                if value is None:
                     continue
                 if torch.is_tensor(value) and value.shape == self.masters[name].shape and value.dim():
                     per_element.setdefault(key, {})[name] = value
@@ -106,10 +116,11 @@ class TorchLoopShards(EngineShards):
         self.base.state.clear()
         if not vectors and not scalars:
             return
-        for master in self.masters.values():
+        for name, master in self.masters.items():
+            where = counter_device(self.base.param_groups[self._groups[name]], master)
             self.base.state[master] = {
                 **{key: torch.zeros_like(master) for key in vectors},
-                **{key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()},
+                **{key: torch.tensor(value, dtype=torch.float32, device=where) for key, value in scalars.items()},
             }
         for key, vector in vectors.items():
             self._fill(lambda name, key=key: self.base.state[self.masters[name]][key], vector)  # type: ignore[misc]
@@ -125,6 +136,12 @@ class TorchLoopShards(EngineShards):
     @property
     def has_state(self) -> bool:
         return any(state for _, state in self._state())
+
+
+def counter_device(group: dict[str, Any], parameter: torch.Tensor) -> torch.device:
+    """Where a torch optimizer keeps a parameter's `step`: a kernel that does the whole step reads it itself. Local."""
+    on_device = group.get("fused") or group.get("capturable")
+    return parameter.device if on_device else torch.device("cpu")
 
 
 def trainable(module: torch.nn.Module) -> dict[str, Any]:

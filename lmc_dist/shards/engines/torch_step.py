@@ -18,7 +18,7 @@ from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.engines.clipping import watch_clipping
 from lmc_dist.shards.engines.torch_loop import TorchLoopShards
-from lmc_dist.shards.vector import ShardedVector, local_dot
+from lmc_dist.shards.vector import ShardedVector
 
 
 class TorchStepShards(TorchLoopShards):
@@ -78,7 +78,7 @@ class TorchStepShards(TorchLoopShards):
                 if any(callable(value) for value in (*args, *kwargs.values())):
                     raise LmcError("optimizer.step(closure) runs its passes inside the step, which cannot be logged")
                 self._check_clipping()
-            self._norm = self._seen[1] if self._seen else self._norm_of(self._present_gradient())
+            self._norm = self._seen[1] if self._seen else self._present_norm()
             before()
             self._seen = None
 
@@ -133,8 +133,7 @@ class TorchStepShards(TorchLoopShards):
         if not mine & clipped:
             return
         norm = float(total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm)
-        gradient = self._present_gradient()
-        measured = self._norm_of(gradient)
+        measured = self._present_norm()
         with agreement(self.layout.group):
             if mine - clipped:
                 raise LmcError("a part of the gradients was clipped on its own: only one global norm can be logged")
@@ -145,7 +144,7 @@ class TorchStepShards(TorchLoopShards):
                     f"gradients were clipped by a norm of {norm:.6g}, their global 2-norm is {measured:.6g}: other norms "
                     "cannot be logged; with a GradScaler call scaler.unscale_(optimizer) first"
                 )
-        self._seen = (max_norm, norm, gradient if self._keeps_gradient else None)
+        self._seen = (max_norm, norm, self._present_gradient() if self._keeps_gradient else None)
 
     def _check_clipping(self) -> None:
         if self._seen is None and self.max_grad_norm > 0:
@@ -159,12 +158,14 @@ class TorchStepShards(TorchLoopShards):
                 f"pass max_grad_norm={self._seen[0]} to TrainingLogger"
             )
 
-    def _norm_of(self, gradient: ShardedVector) -> float:
-        """‖g‖₂. Collective."""
-        square = torch.tensor([local_dot(gradient.flat, gradient.flat)], dtype=torch.float64)
+    def _present_norm(self) -> float:
+        """‖g‖₂ of the gradient that is there, unscaled; only a sum leaves the device. Collective."""
+        shards = (self._shard(name, self._gradient_of(name).detach()) for name in self.parameters)
+        norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
+        square = torch.stack(norms).square().sum().reshape(1).cpu()
         if self.layout.world_size > 1:
             dist.all_reduce(square, group=self.layout.group)
-        return float(square.sqrt())
+        return float(square.sqrt()) * self._unscale
 
     # --- replay ----------------------------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ class TorchStepShards(TorchLoopShards):
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(self.replay_scale)
-            if not math.isfinite(self._norm_of(self._present_gradient())):
+            if not math.isfinite(self._present_norm()):
                 self.replay_scale /= 2
                 self.base.zero_grad()
                 return False

@@ -45,8 +45,8 @@ class ZeRO0Shards(DeepSpeedShards, TorchStepShards, ReplicatedMasters):
         engine, original = self.engine, self.engine.clip_fp32_gradients
 
         def clip() -> None:
-            gradient = self._present_gradient()
-            self._seen = (self.max_grad_norm, self._norm_of(gradient), gradient if self._keeps_gradient else None)
+            gradient = self._present_gradient() if self._keeps_gradient else None
+            self._seen = (self.max_grad_norm, self._present_norm(), gradient)
             original()
 
         engine.clip_fp32_gradients = clip

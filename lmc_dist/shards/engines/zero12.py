@@ -18,7 +18,7 @@ from torch import nn
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
 from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, read_counters
-from lmc_dist.shards.engines.protocol import State
+from lmc_dist.shards.engines.protocol import State, check_kept
 from lmc_dist.shards.engines.replicated import ReplicatedShards
 from lmc_dist.shards.engines.torch_loop import trainable
 from lmc_dist.shards.layout import ShardLayout
@@ -139,7 +139,16 @@ class ZeRO12Shards(WrappedStepShards, ReplicatedShards):
     def _state_of(self, key: str) -> Callable[[int], torch.Tensor]:
         return lambda group: self.optimizer.optimizer.state[self._flats[group]][key]
 
+    def held(self) -> list[torch.Tensor]:
+        return [view for _, view in self._views(self._flats.__getitem__)]
+
+    def check_state(self) -> None:
+        for i, flat in enumerate(self._flats):
+            for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
+                check_kept(self.base, key, value, flat.shape, f"parameter group {i}")
+
     def read_state(self) -> State:
+        self.check_state()
         keys = self._state_keys()
         scalars = read_counters(self.optimizer.optimizer, self._flats)
         return {key: self._gathered(self._state_of(key)) for key in keys}, scalars
@@ -152,7 +161,7 @@ class ZeRO12Shards(WrappedStepShards, ReplicatedShards):
             for key in vectors:
                 state[key] = torch.zeros_like(flat.detach())
             for key, value in scalars.items():
-                state[key] = as_counter(optimizer, value)
+                state[key] = as_counter(optimizer, value, flat)
         self.optimizer._hp_optimizer_states_linked = False  # DeepSpeed's own views of the state are made anew
         for key, vector in vectors.items():
             self._scatter(vector, self._state_of(key))

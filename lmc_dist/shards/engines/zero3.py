@@ -18,8 +18,8 @@ from torch import nn
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
 from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, read_counters
-from lmc_dist.shards.engines.passes import even_passes, measuring, on_device, prepare_pass
-from lmc_dist.shards.engines.protocol import State, check_precision
+from lmc_dist.shards.engines.passes import even_passes, measuring, prepare_pass
+from lmc_dist.shards.engines.protocol import State, check_kept, check_precision
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 
@@ -103,8 +103,17 @@ class ZeRO3Shards(WrappedStepShards):
                 shards[name] = parameter.ds_tensor.detach().view(-1)[: slot.local_numel]
         return ShardedVector.from_shards(self.layout, {name: shard.cpu() for name, shard in shards.items()})
 
+    def held(self) -> list[torch.Tensor]:
+        return [self._master(name) for name in self.parameters]
+
+    def check_state(self) -> None:
+        for i, flat in enumerate(self.optimizer.fp32_partitioned_groups_flat):
+            for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
+                check_kept(self.base, key, value, flat.shape, f"sub-group {i}")
+
     def read_state(self) -> State:
         """(per-element optimizer state by key, scalar state by key), copied. Local."""
+        self.check_state()
         shards: dict[str, dict[str, torch.Tensor]] = {}
         for key, name, view in self._state():
             shards.setdefault(key, {})[name] = view
@@ -124,7 +133,7 @@ class ZeRO3Shards(WrappedStepShards):
             for key in vectors:
                 state[key] = torch.zeros_like(flat)
             for key, value in scalars.items():
-                state[key] = as_counter(optimizer, value)
+                state[key] = as_counter(optimizer, value, flat)
         for key, name, view in self._state():
             view.copy_(vectors[key][name])
 
@@ -139,7 +148,7 @@ class ZeRO3Shards(WrappedStepShards):
         device, world_size = torch.device(engine.device), self.layout.world_size
         with self._displaced(theta), measuring(self.module, device):
             for i, host in enumerate(micros):
-                micro = on_device(host, device)
+                micro = host.to(device)
                 prepare_pass(self.module, micro, device)
                 engine.set_gradient_accumulation_boundary(i == len(micros) - 1)
                 value = loss.value(loss.outputs(engine(**micro.inputs)), micro)
