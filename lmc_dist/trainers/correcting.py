@@ -25,7 +25,14 @@ from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import write_json
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.audit import write_audit
-from lmc_dist.unlearn.correction import Correction, Update, check_update, check_update_rule, compute_correction
+from lmc_dist.unlearn.correction import (
+    Correction,
+    Update,
+    check_tolerance,
+    check_update,
+    check_update_rule,
+    compute_correction,
+)
 from lmc_dist.unlearn.head import check_head
 from lmc_dist.unlearn.optimizer_state import correct_state
 from lmc_dist.unlearn.replayed import replayed_correction
@@ -119,6 +126,7 @@ class ModelCorrection:
         if settings.replay_head != "all":
             check_head(settings.replay_head, settings.head_tolerance)
         check_update(settings.update, settings.K)
+        check_tolerance(settings.tol)
         for file in (settings.result_file, settings.audit_folder / "audit_records.json"):
             if file.exists():
                 raise LmcError(f"{file} is of an earlier correction: choose another output_dir")

@@ -13,12 +13,18 @@ import torch.distributed as dist
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory.batches import BATCH_INPUTS, batch_digest
 from lmc_dist.trajectory.record import LossNormalization, MicroRecord
 
 if TYPE_CHECKING:
     from lmc_dist.shards.engines import EngineShards
 
 _CHUNK = 1 << 16  # elements
+NO_LABELS = (
+    "no `labels` reach the model, so the loss is not computed by the model (label smoothing, a compute_loss_func, or a "
+    "compute_loss of one's own that takes them out): only the model's own token cross entropy can be logged, leave them in "
+    "the batch and use the loss that the model returns"
+)
 
 
 @dataclass
@@ -46,6 +52,7 @@ class Pass:
         return {
             "ids": self.sample_ids,
             "targets": self.num_targets,
+            "labels": "labels" in self.inputs,
             "items": self.num_items,
             "loss": None if self.loss is None else float(self.loss),
             "seed": None if self.seed is None else float(self.seed) / loss_scale,
@@ -54,32 +61,20 @@ class Pass:
             "digest": batch_digest(self.inputs) if self.num_rows == len(self.sample_ids) else None,
             "local": self.is_local,
             "blanks": self.blanks,
-            "width": self.inputs["input_ids"].shape[1] if self.blanks else None,
+            "width": self.inputs["input_ids"].shape[1] if self.num_rows is not None else None,
         }
-
-
-# What the model sees of a sample.
-BATCH_INPUTS = ("input_ids", "attention_mask", "labels")
-
-
-def batch_digest(inputs: Mapping[str, torch.Tensor]) -> str:
-    """BLAKE2b-64 of the tokens, mask and labels that the model sees in one pass, padding included."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for name in BATCH_INPUTS:
-        if name in inputs:
-            tensor = inputs[name].to("cpu", torch.int64).contiguous()
-            hasher.update(f"{name}{tuple(tensor.shape)}".encode())
-            hasher.update(tensor.numpy().tobytes())
-    return hasher.hexdigest()
 
 
 def batch_samples(inputs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     """The samples of a batch without their padding: `input_ids`, `labels`, and the token that `pad`s (None: nothing).
 
     Raises:
-        LmcError: Padding on the left or in the middle: where it lies could not be told again from the tokens.
+        LmcError: Padding on the left or in the middle: where it lies could not be told again from the tokens. A batch
+            that lacks what the model needs.
     """
     if missing := [name for name in BATCH_INPUTS if name not in inputs]:
+        if missing == ["labels"]:
+            raise LmcError(NO_LABELS)
         raise LmcError(f"save_batch_data needs {', '.join(BATCH_INPUTS)} in every batch, and {missing[0]} is missing")
     samples = []
     for ids, mask, labels in zip(*(inputs[name].tolist() for name in BATCH_INPUTS), strict=True):
@@ -119,15 +114,17 @@ def step_statistics(
     passes: list[Pass],
     layout: ShardLayout,
     flags: Sequence[bool] = (),
+    drift: int = 0,
 ) -> dict[str, Any]:
     """What must be known of a step at once, equal on all ranks. One all-gather; collective.
 
     Returns:
-        `changed`: whether any weight did; `same_ids`: whether all ranks saw the same samples; `flags`: those of each rank.
+        `changed`: whether any weight did; `same_ids`: whether all ranks saw the same samples; `flags`: those of each rank;
+        `drifted`: whether the ranks' `drift`s, modulo 2^32, add up to any.
     """
     ids = repr([p.sample_ids for p in passes]).encode()
     digest = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "big", signed=True)
-    mine = torch.tensor([digest, int(differs(before.flat, after.flat)), *map(int, flags)])
+    mine = torch.tensor([digest, int(differs(before.flat, after.flat)), drift, *map(int, flags)])
     rows = mine[None]
     if layout.world_size > 1:
         gathered = [torch.empty_like(mine) for _ in range(layout.world_size)]
@@ -137,7 +134,8 @@ def step_statistics(
     return {
         "same_ids": seen and len(set(rows[:, 0].tolist())) == 1,
         "changed": bool(rows[:, 1].any()),
-        "flags": [tuple(map(bool, row)) for row in rows[:, 2:].tolist()],
+        "drifted": sum(rows[:, 2].tolist()) % 2**32 != 0,
+        "flags": [tuple(map(bool, row)) for row in rows[:, 3:].tolist()],
     }
 
 
@@ -161,7 +159,8 @@ def merge_passes(
     """All ranks' passes of one step → (records ordered by micro step and rank, D_s, loss).
 
     Raises:
-        LmcError: The ranks ran different numbers of passes, or the loss was not normalised as declared.
+        LmcError: The ranks ran different numbers of passes, the loss is not the model's own, or it was not normalised as
+            declared.
     """
     micro_steps = len(ranks[0])
     if any(len(passes) != micro_steps for passes in ranks):
@@ -169,6 +168,8 @@ def merge_passes(
     if not micro_steps:
         raise LmcError("the optimizer stepped without a forward pass in training mode: call engine.train()")
     passes = [(r, m, ranks[r][m]) for m in range(micro_steps) for r in range(len(ranks))]
+    if not all(p["labels"] for _, _, p in passes):
+        raise LmcError(NO_LABELS)
     targets = [p["targets"] for _, _, p in passes]
     items = {p["items"] for _, _, p in passes}
     if normalization == "micro_batch_token_mean":

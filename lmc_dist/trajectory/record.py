@@ -50,7 +50,7 @@ class MicroRecord:
         is_local: Whether its gradient stayed on the rank until a later pass reduced it (`no_sync`), as far as the engine
             leaves that to the training loop.
         blanks: Rows of the pass that held no sample, where forgotten ones would have been.
-        width: Tokens of a row, padding included; known where there are blanks, whose samples may have been the longest.
+        width: Tokens of a row, padding included, which other collators pad otherwise; None where nothing told.
     """
 
     rank: int

@@ -20,11 +20,13 @@ from lmc_dist.shards.engines import EngineShards, engine_shards
 from lmc_dist.shards.engines.build import build_engine, engine_here
 from lmc_dist.shards.engines.driven import NUMERIC
 from lmc_dist.shards.module import set_rng_state
+from lmc_dist.shards.precision import IEEE, float32_matmuls
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BLANK, BatchSource, blank_rows, empty_rows, with_blanks
+from lmc_dist.trajectory.batches import BLANK, BatchSource, blank_rows, empty_rows, logged_batch
+from lmc_dist.trajectory.certify import check_norm
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
-from lmc_dist.trajectory.edits import LogEdit, with_open_edits
+from lmc_dist.trajectory.edits import LogEdit, first_touched, with_open_edits
 from lmc_dist.trajectory.reader import FLOATS
 from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.replay_marks import Reached, ReplayMarks
@@ -84,22 +86,22 @@ def replay(
     start = replay_start(log, first)
     at = marks.load() if marks is not None else None
     if at is None:
-        at = Reached(start)
-        stand_at(shards, log, start)
+        at = Reached(start, begin(shards, log, batches, start, counterfactual is not None and start >= first))
         if marks is not None:
             marks.newest = start
+    elif 0 < at.step < log.num_steps:
+        warm_up(shards, log, batches, at.step)
     steps, verified = at.steps, at.verified
     exact = at.exact  # until a step was run in another way than this engine runs it
     # A mark may be of another number of ranks: what is left of the run says only how this one runs it.
     exact = exact and all(can_be_exact(shards, log.manifest.segment(step)) for step in range(start, at.step))
-    if 0 < at.step < log.num_steps:
-        warm_up(shards, log, batches, at.step)
     for step in range(at.step, log.num_steps):
         record = log.record(step)
         exact = exact and can_be_exact(shards, log.manifest.segment(step))
         edited = edit_step(record, counterfactual, log.manifest.loss_normalization, batches.num_targets)
         if record.applied and not edited.skipped:
-            run_step(shards, edited, batches, log.manifest.loss_normalization)
+            with float32_matmuls(log.manifest.segment(step).run.get("matmul", IEEE)):
+                run_step(shards, edited, batches, log.manifest.loss_normalization)
             steps += 1
         if step < first or counterfactual is None:
             if exact:
@@ -113,10 +115,66 @@ def replay(
     return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
 
 
+def begin(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int, is_silent: bool) -> int:
+    """Stands an engine at a snapshot to repeat what follows; gradients that took. Collective.
+
+    Args:
+        shards: Of the engine.
+        log: The logged run.
+        batches: Samples by id.
+        start: The snapshot.
+        is_silent: Whether no step that follows is repeated as it was, whose checksum would tell that this is another run.
+
+    Raises:
+        LmcError: Engine, model or data are not training's.
+    """
+    stand_at(shards, log, start)
+    if 0 < start < log.num_steps:
+        warm_up(shards, log, batches, start)
+    if start == log.num_steps or (start == 0 and shards.first_differs):
+        return 0
+    if not is_silent and can_be_exact(shards, log.manifest.segment(start)):
+        return 0
+    taken = certify(shards, log, batches, start)
+    stand_at(shards, log, start)
+    return int(taken)
+
+
+def certify(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int) -> bool:
+    """Takes the first step from a snapshot on as training took it, and compares; whether there was one. Collective.
+
+    The engine stands at the snapshot, and behind the step afterwards.
+
+    Raises:
+        LmcError: The step comes out otherwise: engine, model or data are not training's.
+    """
+    record = next((log.record(step) for step in range(start, log.num_steps) if log.record(step).applied), None)
+    if record is None or any(start < step <= record.step for step in log.edits):
+        return False
+    normalization = log.manifest.loss_normalization
+    edited = edit_step(record, None, normalization, batches.num_targets)
+    is_exact = can_be_exact(shards, log.manifest.segment(record.step))
+    undo = (lambda: None) if is_exact else shards.watch(lambda: None, lambda: None, False)  # which tells the norm
+    try:
+        with float32_matmuls(log.manifest.segment(record.step).run.get("matmul", IEEE)):
+            run_step(shards, edited, batches, normalization)
+    finally:
+        undo()
+    if is_exact:
+        check_reproduced(shards, record)
+    else:
+        check_norm(shards, record, shards.grad_norm)
+    return True
+
+
 def first_change(log: TrajectoryLog, counterfactual: Counterfactual) -> tuple[Counterfactual, dict[int, LogEdit], int]:
-    """(what is left out, earlier corrections that it reaches past, first step that holds any of it). Local."""
+    """(what is left out, earlier corrections that it reaches past, first step that changes; else their number). Local.
+
+    A step that was not applied changes nothing, so corrections after it stay where no other step comes before them.
+    """
     request, passed = with_open_edits(counterfactual, log.edits, log.records())
-    return request, passed, next((r.step for r in log.records() if request.touches(r)), log.num_steps)
+    first = first_touched(request, log.records())
+    return request, passed, log.num_steps if first is None else first
 
 
 def replay_start(log: TrajectoryLog, first: int) -> int:
@@ -140,8 +198,9 @@ def check_reproduced(shards: EngineShards, record: StepRecord) -> None:
     """
     if checksum(shards.read()) != record.checksum:
         raise LmcError(
-            f"replay of step {record.step} does not reproduce its checksum: other hardware, thread count, package versions "
-            "or engine settings than in training (see manifest.json), or other data or frozen parameters"
+            f"replay of step {record.step} does not reproduce its checksum: other hardware, thread count, package versions, "
+            "attention kernel (model.attn_implementation) or engine settings than in training (see manifest.json), other "
+            "data or frozen parameters, or a loss that was not the model's own alone (a regulariser, noise, label smoothing)"
         )
 
 
@@ -198,6 +257,20 @@ def logged_optimizer(model: torch.nn.Module, manifest: TrajectoryManifest) -> to
     return kind(groups, **whole)
 
 
+def check_ranks(log: TrajectoryLog) -> None:
+    """Checks that the engine that trained can be of the present ranks at all. Local.
+
+    Raises:
+        LmcError: It was one process, whose model nothing shares.
+    """
+    ranks = log.layout.world_size
+    if ranks > 1 and log.manifest.segment(log.num_steps - 1).engine == "single":
+        raise LmcError(
+            f"log {log.path} was trained by one process and here are {ranks} ranks: replay it in one, or use replay_head auto "
+            "or a number of steps, which need no engine"
+        )
+
+
 def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str, Any] | None = None) -> Any:
     """An engine of the kind that trained, which repeats the logged run; `destroy()` ends it. Collective.
 
@@ -213,6 +286,7 @@ def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str
     Raises:
         LmcError: The logged engine cannot be made here: build one and pass it to `replay`.
     """
+    check_ranks(log)
     manifest = log.manifest
     segment = manifest.segment(log.num_steps - 1)  # a replay goes to the end
     logged = logged_settings(segment) if settings is None else settings
@@ -316,12 +390,9 @@ def _run_passes(
             inputs, labels = empty_rows(rows, width or FILLER_TOKENS, shards.device)
             num_items, scale = max((p.denominator for p in passes), default=0.0) or 1.0, float(world_size)
         else:
-            inputs, labels = batches.inputs(micro.record.sample_ids)
             # As training empties them: attention takes another path where a row is shorter than the others.
             dropped = [row for row, keep in enumerate(micro.kept) if not keep]
-            inputs = blank_rows({**inputs, "labels": labels}, dropped)
-            labels = inputs.pop("labels")
-            inputs, labels = with_blanks(inputs, labels, micro.record.blanks, micro.record.width)
+            inputs, labels = logged_batch(micro.record, batches, dropped)
             num_items = micro.denominator
             if normalization == "micro_batch_token_mean":
                 num_items /= len(passes)

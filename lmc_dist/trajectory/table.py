@@ -135,7 +135,8 @@ def encode_row(record: StepRecord, digests: Digests | None) -> dict[str, Any]:
             "random": m.random_state is not None,
             "digest": m.digest,
             **({"local": True} if m.is_local else {}),
-            **({"blanks": m.blanks, "width": m.width} if m.blanks else {}),
+            **({"blanks": m.blanks} if m.blanks else {}),
+            **({"width": m.width} if m.width is not None else {}),
         }
         for m in record.micro_batches
     ]

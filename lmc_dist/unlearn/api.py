@@ -13,14 +13,16 @@ from lmc_dist.config import Counterfactual as Kind
 from lmc_dist.curvature import HVPConfig
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
-from lmc_dist.runtime import agreement, check_replaceable, promoted
+from lmc_dist.runtime import agreement, check_replaceable, cpu_group, promoted
 from lmc_dist.shards.engines import engine_shards, is_engine
+from lmc_dist.shards.engines.build import own_device
 from lmc_dist.shards.fingerprint import model_fingerprint
 from lmc_dist.shards.frozen import read_frozen, skeleton_of
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.trajectory.batches import BatchSource, DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.manifest import logged_attention
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import Correction, Update, apply_correction, compute_correction
 from lmc_dist.unlearn.head import Length
@@ -125,14 +127,16 @@ def _run(
     update: Update,
 ) -> Correction:
     shards = engine_shards(model) if is_engine(model) else None
-    device = torch.device("cpu") if shards is None else shards.device
-    with agreement():
+    device = own_device() if shards is None else shards.device
+    group = cpu_group()  # launchers other than ours start NCCL alone
+    with agreement(group):
         if output_dir is not None:
             check_replaceable(Path(output_dir), "result.json", overwrite=False)
-        log = TrajectoryLog(training_log_dir)
+        log = TrajectoryLog(training_log_dir, group)
         inner = model if shards is None else shards.module
         is_module = isinstance(inner, torch.nn.Module)
-        skeleton = skeleton_of(inner) if is_module else build_skeleton(inner, device)
+        attention = logged_attention(log.manifest)
+        skeleton = skeleton_of(inner) if is_module else build_skeleton(inner, device, attention)
         if model_fingerprint(skeleton) != log.manifest.model_fingerprint:
             raise LmcError(f"the model is not the one logged in {training_log_dir}: other config or parameters")
         if isinstance(dataset, SampleDataset):

@@ -146,6 +146,7 @@ def compute_correction(
         if K is not None and K < 0:
             raise LmcError(f"K must be ≥ 0 or null, got {K}")
         check_update(update, K)
+        check_tolerance(tol)
         manifest = trajectory.manifest
         records = list(trajectory.records())
         counterfactual, passed = with_open_edits(counterfactual, trajectory.edits, records)
@@ -189,6 +190,16 @@ def check_update(update: str, K: int | None) -> None:
         raise LmcError(f"unknown update '{update}': one of {', '.join(get_args(Update))}")
     if update == "finite" and K is not None:
         raise LmcError("update 'finite' is not linear in what is forgotten: use K=null, or update 'tangent'")
+
+
+def check_tolerance(tol: float | None) -> None:
+    """Local.
+
+    Raises:
+        LmcError: None that could ever end a sweep.
+    """
+    if tol is not None and not tol > 0:  # NaN is not either
+        raise LmcError(f"tol must be above 0, or null, got {tol}")
 
 
 def is_finite(update: Update, trajectory: Trajectory, first: int, K: int | None, kept: KeptCurvature | None) -> bool:

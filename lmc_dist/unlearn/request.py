@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 
 from lmc_dist.config import Counterfactual as Kind
-from lmc_dist.errors import LmcError
+from lmc_dist.errors import LmcError, shorten
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.record import StepRecord
@@ -70,8 +70,3 @@ def check_request(
                     f"{targets} for the same samples; other tokenizer, prompt or max_length than in training?"
                 )
     return [record for record in records if record.applied and counterfactual.touches(record)]
-
-
-def shorten(ids: list[int], most: int = 5) -> str:
-    """The first few ids, for messages."""
-    return ", ".join(map(str, ids[:most])) + (", …" if len(ids) > most else "")

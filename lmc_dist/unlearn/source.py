@@ -10,9 +10,10 @@ import torch
 
 from lmc_dist.curvature import Loss, MicroBatch
 from lmc_dist.curvature.products import weighted_gradient
+from lmc_dist.runtime import agreement
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BatchSource, with_blanks
+from lmc_dist.trajectory.batches import BatchSource, logged_batch, seen_batch
 from lmc_dist.trajectory.counterfactual import EditedStep
 from lmc_dist.trajectory.record import Trajectory
 from lmc_dist.unlearn.units import Unit, kept_gain, own_loss, sources_by_step, step_shares
@@ -37,10 +38,11 @@ def micro_batches(
             ids, coefficients = tuple(ids[i] for i in chosen), [coefficients[i] for i in chosen]
         if not ids or not any(coefficients):
             continue
-        inputs, targets = batches.inputs(ids)
-        if state is not None and (blanks := micro.record.blanks):
-            inputs, targets = with_blanks(inputs, targets, blanks, micro.record.width)
-            for row in blanks:
+        if state is None:
+            inputs, targets = batches.inputs(ids)
+        else:  # dropout draws as many numbers as the whole pass has elements
+            inputs, targets = logged_batch(micro.record, batches)
+            for row in micro.record.blanks:
                 coefficients.insert(row, 0.0)
         built.append(
             MicroBatch(
@@ -123,6 +125,7 @@ class Sources:
         units = self._at.get(edited.record.step, [])
         if not units:
             return []
+        self._check(edited)
         counts = None if self.batches is None else self.batches.num_targets
         normalization = self.trajectory.manifest.loss_normalization
         shares = step_shares(edited, units, normalization, counts)  # type: ignore[arg-type]
@@ -140,6 +143,18 @@ class Sources:
         self._at = {step: self._at[step]}
         self.steps = [step]
         self.last = {unit.name: step for unit in self._at[step]}
+
+    def _check(self, edited: EditedStep) -> None:
+        """Checks that the data is training's, where a step has something forgotten in it. Collective.
+
+        Raises:
+            LmcError: It gives another batch than the model saw.
+        """
+        layout = self.trajectory.layout
+        with agreement(layout.group):
+            for micro in edited.micro_batches[layout.rank :: layout.world_size]:
+                if self.batches is not None and micro.record.sample_ids and not edited.skipped:
+                    seen_batch(micro.record, self.batches)
 
     def _owner(self, edited: EditedStep, first: Unit) -> str | None:
         """The unit that answers for a step that is not taken: that of its first sample, wherever that unit is swept."""
