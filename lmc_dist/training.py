@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,22 @@ from lmc_dist.data import (
 from lmc_dist.errors import LmcError, first_line
 from lmc_dist.export import export_model
 from lmc_dist.online.ledger import asked_before
-from lmc_dist.online.service import OnlineUnlearning
+from lmc_dist.online.service import OnlineUnlearning, open_books
+from lmc_dist.online.settings import check_settings
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, remove_folder
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine as build_any_engine
 from lmc_dist.shards.frozen import read_frozen
+from lmc_dist.shards.module import attention_refused
 from lmc_dist.stopping import stop_asked, stopped
 from lmc_dist.trajectory.batches import DatasetBatches, blank_rows
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.edits import union
 from lmc_dist.trajectory.files import MANIFEST_FILE, write_json
 from lmc_dist.trajectory.lock import require_free
 from lmc_dist.trajectory.logger import TrainingLogger
 from lmc_dist.trajectory.manifest import read_manifest
-from lmc_dist.trajectory.rewritten import KEY, resumed_rewritings, rewritings
+from lmc_dist.trajectory.rewritten import KEY, log_rewritings, resumed_request, rewritings
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.request import make_request
 
@@ -141,12 +144,14 @@ def build_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.M
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    if config.path is not None:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path, config=model_config, attn_implementation=config.attn_implementation, dtype=torch.float32
-        )
-    else:
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=config.attn_implementation)
+    attention = config.attn_implementation or "sdpa"
+    with attention_refused():
+        if config.path is not None:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.path, config=model_config, attn_implementation=attention, dtype=torch.float32
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
     freeze(model, config.trainable)
     return model
 
@@ -236,8 +241,13 @@ def pass_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def read_request(config: Config, dataset: SampleDataset) -> Counterfactual | None:
+def read_request(config: Config, dataset: SampleDataset, is_joint: bool = False) -> Counterfactual | None:
     """The request of the configuration, or None where it has none.
+
+    Args:
+        config: Its section `forget`.
+        dataset: Whose splits may be named.
+        is_joint: Batches may be given beside samples: the log was rewritten for both, one after the other.
 
     Raises:
         LmcError: More than one kind of target, an unknown split, bad ids.
@@ -246,6 +256,11 @@ def read_request(config: Config, dataset: SampleDataset) -> Counterfactual | Non
     given = [name for name in ("samples", "split", "batches") if getattr(forget, name) is not None]
     if not given:
         return None
+    if is_joint and len(given) == 2 and forget.batches is not None:
+        parts = (replace(forget, batches=None), replace(forget, samples=None, split=None, counterfactual=None))
+        one, other = (read_request(replace(config, forget=part), dataset) for part in parts)
+        assert one is not None and other is not None
+        return union(one, other)
     if len(given) > 1:
         raise LmcError(f"give one of forget.samples, forget.split and forget.batches, not {' and '.join(given)}")
     kind = forget.counterfactual
@@ -269,15 +284,23 @@ class Trainer:
             engine_name(config.train, runtime.world_size)
             check_targets(config)
             self.dataset, self.tokenizer = build_dataset(config)
-            self.request = read_request(config, self.dataset)
-            if self.request is not None and self.request.kind == "renormalize" and not self._kept(self.dataset.ids):
-                raise LmcError("all samples are forgotten: nothing is left to train on")
-            self.rewritten = resumed_rewritings(Path(config.log_dir), self.request) if config.resume else []
             train = config.train
             self.schedule = Schedule(self.dataset.ids, train.batch_size, train.epochs, train.max_steps, train.seed)
+            log_dir = Path(config.log_dir)
+            self.rewritten = log_rewritings(log_dir) if config.resume else []
+            self.request = read_request(config, self.dataset, is_joint=bool(self.rewritten))
+            if self.rewritten:
+                steps = range(self.schedule.num_steps)
+                self.request = resumed_request(log_dir, self.request, self.dataset.ids, steps)
+            if self.request is not None and self.request.kind == "renormalize" and not self._kept(self.dataset.ids):
+                raise LmcError("all samples are forgotten: nothing is left to train on")
             self.micro_steps = micro_steps(train, runtime.world_size)
             self.model_config = build_config(config.model, self.tokenizer)
             model = build_model(config.model, self.model_config, train.seed)
+            if config.online.enabled:  # before an earlier run is removed
+                check_settings(config.online)
+                if runtime.is_main:
+                    open_books(config.log_dir, config.online, is_new=not config.resume)
         self.engine = build_engine(model, config.train, runtime.world_size)
         self.shards = engine_shards(self.engine)
         from transformers import get_scheduler
@@ -328,17 +351,17 @@ class Trainer:
         if not self.config.resume:
             remove_folder(Path(self.config.log_dir))  # an earlier run's, now that all else is known to be well
         self.logger.attach(self.engine)
-        if self.config.online.enabled:
-            batches = DatasetBatches(self.dataset, self.runtime.device)
-            self.online = OnlineUnlearning(self.logger, batches, self.config.online, self.dataset.ids)
         started, losses = time.perf_counter(), []
         first = self.logger.step
         if first and self.runtime.is_main:
             logger.info("resuming at step %d of %d", first, self.schedule.num_steps)
-        if first:
-            self.shards.warm_up(self._inputs(self.dataset.ids[:1], used=[]))
         bar = tqdm(self.schedule, total=self.schedule.num_steps, desc="train", disable=not self.runtime.is_main)
         try:
+            if self.config.online.enabled:
+                batches = DatasetBatches(self.dataset, self.runtime.device)
+                self.online = OnlineUnlearning(self.logger, batches, self.config.online, self.dataset.ids)
+            if first:
+                self.shards.warm_up(self._inputs(self.dataset.ids[:1], used=[]))
             for step, epoch, ids in bar:
                 if step >= first:
                     self.logger.epoch = epoch
@@ -347,6 +370,8 @@ class Trainer:
                         losses.append(loss)
                         bar.set_postfix(loss=f"{loss:.4f}")
                     self._stop_if_asked(step + 1)
+                elif self.online is not None:
+                    self.online.relearned(step, ids)
                 self.scheduler.step()
         except BaseException:
             self.logger.detach()
@@ -383,7 +408,7 @@ class Trainer:
         """One optimizer step; returns the loss of the global batch, None for a step that does not happen."""
         kind = self.request.kind if self.request else None
         if self.online is not None:
-            ids = ids + [i for i in self.online.relearned(step) if i not in ids]
+            ids = ids + self.online.relearned(step, ids)
             kind = "renormalize" if self.online.empties(ids) else kind
         counted = self._kept(ids) if kind == "renormalize" else ids
         num_items = sum(self.dataset.num_targets(i) for i in counted)
@@ -450,6 +475,8 @@ def check_same_config(log_dir: Path, config: Config) -> None:
         for key, value in mine[section].items():
             if (section, key) in (("train", "engine"), ("train", "deepspeed"), ("train", "replicas")):
                 continue  # a run may go on under another engine
+            if key == "attn_implementation" and {value, logged.get(section, {}).get(key)} <= {None, "sdpa"}:
+                continue  # null is sdpa
             if section == "forget" and rewritings(manifest):
                 continue  # `resumed_rewritings` compares it with what the log was rewritten without
             if logged.get(section, {}).get(key, value) != value:

@@ -19,6 +19,7 @@ from conftest import REPO
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from test_engine_logs import engine_config, this_runtime, train_job
 
+from lmc_dist.audit import digests
 from lmc_dist.audit.chain import AuditChain, verify_chain
 from lmc_dist.audit.digests import new_salt, read_salt, salt_at, salted_digest, write_salt
 from lmc_dist.audit.files import part_digests
@@ -96,17 +97,32 @@ def test_appending(tmp_path: Path, key: Path) -> None:
     for body in ({"x": float("nan")}, {"x": {1, 2}}):
         with pytest.raises(LmcError, match="what JSON cannot say"):
             chain.append("bad", body)
-    with pytest.raises(LmcError, match="not signed and cannot go on with a key"):
-        AuditChain(chain.path, key).append("signed", {})
+    for act in (AuditChain.check, lambda one: one.append("signed", {})):
+        with pytest.raises(LmcError, match="not signed and cannot go on with a key"):
+            act(AuditChain(chain.path, key))
     signed = make_chain(tmp_path / "b", 1, key)
-    with pytest.raises(LmcError, match="signed and cannot go on without a key"):
-        AuditChain(signed).append("unsigned", {})
+    for act in (AuditChain.check, lambda one: one.append("unsigned", {})):
+        with pytest.raises(LmcError, match="signed and cannot go on without a key"):
+            act(AuditChain(signed))
     keygen(tmp_path / "other")
     with pytest.raises(LmcError, match="not of this key"):
         AuditChain(signed, tmp_path / "other").append("signed by another", {})
     assert len(verify_chain(chain.path).problems) == 0 and verify_chain(chain.path).records == 3
     with pytest.raises(LmcError, match="no audit chain is there"):
         verify_chain(tmp_path / "c" / "chain.jsonl")
+
+
+def test_a_write_that_fails_does_not_end_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = AuditChain(make_chain(tmp_path))
+    for name in ("_replace_head", "_write"):
+        with monkeypatch.context() as disk:
+            disk.setattr(chain, name, lambda *_: exec("raise OSError(28, 'No space left on device')"))
+            with pytest.raises(OSError, match="No space left"):
+                chain.append("event", {}, name)
+        for _ in range(2):
+            chain.append("event", {}, name)  # once, whether the record was there already or not
+    chain.check()
+    assert len(chain.records()) == 5 and verify_chain(chain.path).problems == verify_chain(chain.path).notes == []
 
 
 def test_several_processes_append_to_one_chain(tmp_path: Path) -> None:
@@ -303,7 +319,11 @@ def test_digests_of_ids(tmp_path: Path, key: Path) -> None:
     assert salted_digest(salt, 7) == expected != salted_digest(salt, "7") and salted_digest(new_salt(), 7) != expected
     with pytest.raises(LmcError, match="16 to 64 bytes"):
         salted_digest(b"short", 7)
-    write_salt(file, salt)
+    synced: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "fsync_path", synced.append)
+        write_salt(file, salt)
+    assert synced == [file.parent]
     assert read_salt(file) == salt == salt_at(file) and stat.S_IMODE(file.stat().st_mode) == 0o600
     with pytest.raises(LmcError, match="never replaced"):
         write_salt(file, new_salt())

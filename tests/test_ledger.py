@@ -7,6 +7,7 @@ import multiprocessing as mp
 import os
 import sqlite3
 import stat
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from lmc_dist.audit.digests import SALT_FILE, salted_digest
 from lmc_dist.errors import LmcError
-from lmc_dist.online.ledger import MOST_TARGETS, TABLE_FILE, Ledger
+from lmc_dist.online.ledger import ANSWERED, MOST_TARGETS, TABLE_FILE, Ledger, asked_before
 from lmc_dist.trajectory.files import ledger_folder
 
 
@@ -68,6 +69,47 @@ def test_a_request_goes_its_way_once(tmp_path: Path) -> None:
     ledger.finish(name, "refused", {"reason": "too late"})
     (request,), _ = ledger.requests()
     assert (request.status, request.step, dict(request.result)) == ("applied", 7, {"v_norm": 0.5})
+    ledger.decide([name], 8, ANSWERED)  # a crash has taken the answer back
+    ledger.finish(name, "refused", {"reason": "too late"})
+    assert [(r.status, r.step) for r in ledger.requests()[0]] == [("refused", 8)]
+
+
+def test_a_lost_salt_is_an_error_and_no_new_one(tmp_path: Path) -> None:
+    ledger = Ledger(ledger_folder(tmp_path / "log"))
+    ledger.decide([ledger.submit([1])[0].name], 7)
+    assert asked_before(tmp_path / "log")
+    salt = ledger.folder / SALT_FILE
+    salt.rename(tmp_path / "copy")
+    for act in (lambda: Ledger(ledger.folder), lambda: asked_before(tmp_path / "log")):
+        with pytest.raises(LmcError, match=r"salt\.key is missing: put it back"):
+            act()
+    assert not salt.exists()
+    (tmp_path / "copy").rename(salt)
+    assert [r.step for r in Ledger(ledger.folder).requests()[0]] == [7]
+    with sqlite3.connect(ledger.path) as connection:  # an answered row that cannot be read counts as one
+        connection.execute("UPDATE requests SET samples = '[]'")
+    assert asked_before(tmp_path / "log")
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_table_whose_maker_was_killed_is_made_again(tmp_path: Path, is_written: bool) -> None:
+    """Before its first commit, or within it, when the pages are there and the journal that takes them back is as well."""
+    salt, path, journal = Ledger(tmp_path).salt, tmp_path / TABLE_FILE, tmp_path / f"{TABLE_FILE}-journal"
+    path.unlink()
+    if is_written:
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("PRAGMA cache_size = 1")  # so that the journal is on disk before the commit
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE requests (name TEXT)")
+            connection.executemany("INSERT INTO requests VALUES (?)", [("x" * 4000,)] * 50)
+            before = journal.read_bytes()
+            connection.execute("COMMIT")
+        journal.write_bytes(before)
+    else:
+        path.touch()
+    ledger = Ledger(tmp_path)
+    assert ledger.salt == salt and ledger.requests() == ([], []) and not ledger.has_pending()
+    assert ledger.submit([1])[1] and Ledger(tmp_path).has_pending()
 
 
 BAD_ROWS: dict[str, tuple[Any, ...]] = {

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import permutations
@@ -24,15 +25,19 @@ from forks import Forks
 from test_engine_logs import engine_config
 from test_zero3 import build_for_replay, forget_config, this_runtime, train_job
 
+from lmc_dist.audit.chain import AuditChain
+from lmc_dist.audit.keys import keygen
 from lmc_dist.config import Config, LogConfig, OnlineConfig
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import relative_error
-from lmc_dist.online.ledger import Ledger
+from lmc_dist.online.ledger import CHAIN_FILE, Ledger
+from lmc_dist.online.service import OnlineUnlearning, Relearning
 from lmc_dist.online.verify import verify_books
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.files import ledger_folder
+from lmc_dist.trajectory.lock import require_free
 from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 
@@ -259,6 +264,53 @@ def test_a_run_killed_between_any_two_writes_ends_alike(forks: Forks, tmp_path: 
     assert len(died) > 0.8 * len(writes) and sum(again) > 0.6 * len(died)
 
 
+class Died(BaseException):
+    pass
+
+
+def with_a_hiccup(config: Config) -> tuple[dict[str, Any], str]:
+    """A run that dies once a request is decided, at step 4, and whose next process cannot read the ledger there."""
+    asked = {4: [{"sample_ids": [3, 101]}]}
+    read, trouble = Ledger.requests, [LmcError("disk I/O error")]
+
+    def die(self: OnlineUnlearning, step: int, requests: Any) -> None:
+        raise Died
+
+    def requests(self: Ledger, *statuses: Any) -> Any:
+        if "pending" in statuses and trouble:
+            raise trouble.pop()
+        return read(self, *statuses)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineUnlearning, "_answer", die)
+        with pytest.raises(Died):
+            train_with_requests(config, asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "requests", requests)
+        found = train_with_requests(config, {})
+    return found, retrained(config, [3, 101])
+
+
+def test_a_ledger_in_trouble_is_looked_at_again(ranks: Callable[[int], Any], tmp_path: Path) -> None:
+    config = online_config(tmp_path, "ddp", {"replay_head": "all", "poll_every": 4}, max_steps=7)
+    config = replace(config, resume=True)
+    trained, retrain = ranks(2).run(with_a_hiccup, config)[0]
+    assert [(status, step) for status, step, _ in trained["requests"]] == [("applied", 5)]
+    assert sorted(TrajectoryLog(config.log_dir).edits) == [5] and trained["checksum"] == retrain
+    assert verify_books(config.log_dir, ledger_folder(config.log_dir)) == ([], [])
+    # what was decided and never answered is found
+    with sqlite3.connect(ledger_folder(config.log_dir) / "requests.sqlite") as connection:
+        connection.execute("UPDATE requests SET status = 'decided', step = 1")
+    problems, _ = verify_books(config.log_dir, ledger_folder(config.log_dir))
+    assert any("was decided at step 1, and training went on to step 7 without an answer" in p for p in problems)
+    assert any("trained on sample 3, which was to be forgotten from step 1 on" in p for p in problems)
+    # and no run goes on with an answered request that nobody can read
+    with sqlite3.connect(ledger_folder(config.log_dir) / "requests.sqlite") as connection:
+        connection.execute("UPDATE requests SET status = 'applied', samples = '[]'")
+    with pytest.raises(AssertionError, match="what they forgot is not known any more"):
+        ranks(2).run(train_with_requests, config, {})
+
+
 # --- what the log is afterwards --------------------------------------------------------------------------------------
 
 
@@ -360,6 +412,45 @@ def test_companions_of_removed_batches_are_learned_later(ranks: Callable[[int], 
     assert difference == 0 < size and behind == 0
 
 
+def twice_and_resumed(config: Config, asked: Asked) -> list[str]:
+    """Checksums of the end of a run with requests, and of the same run once more from step 6 on."""
+    end = train_with_requests(config, asked)["checksum"]
+    for step in TrajectoryLog(config.log_dir).snapshots:
+        if step > 6:
+            shutil.rmtree(Path(config.log_dir) / f"snapshots/step-{step}")
+    return [end, train_with_requests(replace(config, resume=True), {})["checksum"]]
+
+
+def test_every_companion_is_learned_again_once(ranks: Callable[[int], Any], tmp_path: Path) -> None:
+    from lmc_dist.training import Schedule, build_dataset
+
+    config = online_config(tmp_path, "single", {"replay_head": "all", "relearn_per_step": 3}, max_steps=12)
+    order = [ids for _, _, ids in Schedule(build_dataset(config)[0].ids, 7, 3, 12, config.train.seed)]
+    asked = {1: [{"sample_ids": order[0][:1], "unit": "batch"}], 4: [{"sample_ids": order[0][1:2], "unit": "batch"}]}
+    end, again = ranks(1).run(twice_and_resumed, config, asked)[0]
+    assert end == again  # what is taken up where follows from the log
+    log = TrajectoryLog(config.log_dir)
+    first, second = log.edits[1], log.edits[4]
+    assert first.relearn == tuple(order[0][1:]) and second.request.batch_ids == {0, 1}
+    # batch 1 took up three of the first ones, one of which is forgotten now; batch 0 was made up for
+    assert second.relearn == (*order[1], *first.relearn[1:3])
+    assert any(i in order[s] for s in range(4, 8) for i in second.relearn[3 * (s - 4) : 3 * (s - 3)])  # and waits
+    forgotten, planned, seen = {*order[0][:2]}, Counter(), Counter()
+    for ids, record in zip(order, log.records(), strict=True):
+        planned.update(i for i in ids if i not in forgotten)
+        assert len(set(record.sample_ids)) == len(record.sample_ids)
+        seen.update(() if record.batch_id in second.request.batch_ids else record.sample_ids)
+    assert seen == planned
+
+
+def test_companions_wait_while_they_are_in_the_batch() -> None:
+    queue = Relearning(3, [1, 2, 3, 4, 5])
+    assert queue.take(2, {1}, 2) == []  # before the edit
+    assert queue.take(3, {1}, 2) == [2, 3] and queue.take(4, (), 2) == [1, 4]
+    other = Relearning(3, [1, 2, 3, 4, 5])
+    assert other.take(5, {2}, 2) == [5]  # steps that nobody asked for had samples of their own
+
+
 def test_what_left_the_ring(ranks: Callable[[int], Any], tmp_path: Path) -> None:
     asked = {10: [{"sample_ids": [3]}, {"batches": [9]}, {"batches": [77]}, {"sample_ids": [9999]}]}
     ends = {}
@@ -377,6 +468,31 @@ def test_what_left_the_ring(ranks: Callable[[int], Any], tmp_path: Path) -> None
     assert sorted(ends["refuse"].values()) == ["applied", "excluded", "refused", "rejected"]
     assert any("fell out of the ring" in reason for reason in ends["refuse"])
     assert sorted(ends["replay"].values()) == ["applied", "excluded", "rejected"]  # two are one correction
+
+
+def retrained(config: Config, forgotten: Sequence[int]) -> str:
+    """Checksum of the end of a run that never saw the samples."""
+    request = Counterfactual("renormalize", frozenset(forgotten))
+    config = forget_config(replace(config, online=OnlineConfig()), request, Path(config.log_dir).with_name("retrain"))
+    train_job(config)
+    *_, last = TrajectoryLog(config.log_dir).records()
+    return str(last.checksum)
+
+
+def run_and_retrain(config: Config, asked: Asked, forgotten: Sequence[int]) -> tuple[str, str]:
+    """(checksum of the end of a run with requests, of one that never saw the samples)."""
+    return train_with_requests(config, asked)["checksum"], retrained(config, forgotten)
+
+
+def test_a_ring_keeps_the_edits_that_a_replay_comes_past(ranks: Callable[[int], Any], tmp_path: Path) -> None:
+    config = online_config(tmp_path, "single", {"replay_head": "all"}, max_steps=13)
+    config = replace(config, log=LogConfig("update", 2, max_steps=4, keep_first=True))
+    asked = {4: [{"sample_ids": [3, 101]}], 12: [{"sample_ids": [204]}]}
+    end, retrain = ranks(1).run(run_and_retrain, config, asked, [3, 101, 204])[0]
+    assert end == retrain  # without the samples of both requests
+    log = TrajectoryLog(config.log_dir)
+    assert sorted(log.edits) == [4, 12] and log.snapshots == [0, 4, 8, 10, 12, 13]
+    assert verify_books(config.log_dir, ledger_folder(config.log_dir)) == ([], [])
 
 
 # --- as people do it -------------------------------------------------------------------------------------------------
@@ -433,9 +549,53 @@ def test_a_run_that_was_asked_is_not_resumed_without_looking(tmp_path: Path) -> 
     check_targets(replace(config, resume=True, online=OnlineConfig(enabled=True)))
 
 
+def refused_starts(config: Config, key: str) -> None:
+    """What cannot be answered is refused before anything is made or removed, on every rank."""
+    import lmc_dist.training as training
+
+    train_job(replace(config, online=OnlineConfig()))
+    dist.barrier()  # rank 0 has let go of the log
+    new, further = replace(config, overwrite=True), replace(config, resume=True)
+    signed = replace(config.online, signing_key=key)
+
+    def refused(one: Config, told: str) -> None:
+        with pytest.raises(LmcError, match=told):
+            training.Trainer(one, this_runtime())
+        assert TrajectoryLog(config.log_dir).num_steps == 2
+
+    refused(replace(new, online=replace(config.online, poll_every=0)), "poll_every must be at least 1")
+    refused(replace(new, online=replace(config.online, signing_key=f"{key}.none")), "none")
+    if dist.get_rank() == 0:
+        ledger = Ledger(ledger_folder(config.log_dir))
+        ledger.decide([ledger.submit([3])[0].name], 1)
+        AuditChain(ledger.folder / CHAIN_FILE).append("applied", {})
+    refused(new, "1 answered requests of an earlier run, and a new one begins: move it away")
+    refused(replace(further, online=signed), "is not signed and cannot go on with a key")
+
+    def fail(*_: Any) -> None:
+        raise LmcError("no such thing")
+
+    trainer = training.Trainer(further, this_runtime())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "OnlineUnlearning", fail)
+        with pytest.raises(LmcError, match="no such thing"):
+            trainer.run()
+    if dist.get_rank() == 0:
+        require_free(Path(config.log_dir))  # the logger has let go of it
+    trainer.engine.destroy()
+
+
+def test_a_start_that_is_refused_leaves_an_earlier_run_alone(ranks: Callable[[int], Any], tmp_path: Path) -> None:
+    keygen(tmp_path / "key")
+    ranks(2).run(refused_starts, online_config(tmp_path, "ddp", {}, max_steps=2), str(tmp_path / "key"))
+
+
 def test_a_new_run_does_not_begin_beside_an_old_ledger(ranks: Callable[[int], Any], tmp_path: Path) -> None:
     config = online_config(tmp_path, "ddp", {}, max_steps=2)
     ledger = Ledger(ledger_folder(config.log_dir))
     ledger.decide([ledger.submit([3])[0].name], 4)
+    with pytest.raises(AssertionError, match="answered requests of an earlier run, and a new one begins: move it away"):
+        ranks(2).run(train_with_requests, config, {})
+    config = replace(config, resume=True)  # of a log that is not there
     with pytest.raises(AssertionError, match="answered requests of an earlier run, and a new one begins: move it away"):
         ranks(2).run(train_with_requests, config, {})

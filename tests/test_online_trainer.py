@@ -69,6 +69,48 @@ def test_requests_during_a_trainer_run(tmp_path: Path, engine: str) -> None:
     assert problems == []
 
 
+def job_without_step_1(folder: Path, engine_name: str, asked_at: int) -> dict[str, Any]:
+    """A run that is asked to forget all samples of step 1."""
+    from lmc_dist.online.hf import unlearn_online
+    from lmc_dist.shards.engines import engine_shards
+    from lmc_dist.trajectory.callback import TrainingLoggerCallback
+
+    trainer, dataset, logger = make_trainer(folder, True, "adamw_torch", engine_name)
+    trainer.remove_callback(TrainingLoggerCallback)
+    unlearn_online(trainer, logger, OnlineSettings(relearn_per_step=0))
+
+    def file(step: int) -> None:
+        if step == asked_at:
+            logger.flush()
+            if dist.get_rank() == 0:  # the epoch has two steps
+                forgotten = set(dataset.ids) - set(TrajectoryLog(logger.log_dir).record(0).sample_ids)
+                Ledger(ledger_folder(logger.log_dir)).submit(forgotten)
+
+    logger.boundaries.append(file)
+    trainer.train()
+    log = TrajectoryLog(logger.log_dir)
+    found = {"end": checksum(engine_shards(trainer.model_wrapped, trainer.optimizer).read())}
+    found |= {name: [getattr(r, name) for r in log.records()] for name in ("applied", "lr", "u_norm")}
+    return found | {"seen": [len(record.sample_ids) for record in log.records()], "edits": sorted(log.edits)}
+
+
+@pytest.mark.parametrize("engine", ["deepspeed-zero3", "ddp"])
+def test_a_step_of_which_nothing_is_left_does_not_happen(tmp_path: Path, engine: str) -> None:
+    """Momentum would move the weights without a gradient; the run without the samples has no such step."""
+    found = {}
+    for asked_at in (1, 4):
+        pool = Pool(2)
+        try:
+            found[asked_at] = pool.run(job_without_step_1, tmp_path / str(asked_at), engine, asked_at)[0]
+        finally:
+            pool.close()
+    early, late = found[1], found[4]
+    assert early["applied"] == [True, False, True, True] and early["u_norm"][1] == 0 < late["u_norm"][1]
+    assert early["seen"][:2] == [12, 0] and late["seen"] == [12] * 4 and early["lr"] == late["lr"]
+    assert (early["edits"], late["edits"]) == ([], [4])
+    assert early["end"] == late["end"]  # to the bit
+
+
 def test_companions_are_refused_by_name(tmp_path: Path) -> None:
     from transformers import Trainer
 
@@ -77,3 +119,5 @@ def test_companions_are_refused_by_name(tmp_path: Path) -> None:
     trainer = Trainer.__new__(Trainer)
     with pytest.raises(LmcError, match="relearn_per_step=0"):
         unlearn_online(trainer, str(tmp_path / "log"), OnlineSettings())
+    with pytest.raises(LmcError, match="poll_every must be at least 1"):
+        unlearn_online(trainer, str(tmp_path / "log"), OnlineSettings(relearn_per_step=0, poll_every=0))

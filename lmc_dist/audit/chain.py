@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,7 @@ class AuditChain:
         self.path = Path(path)
         self._signer = None if signing_key is None else Signer(signing_key)
         self._verifier = None if self._signer is None else self._signer.verifier
-        self._end, self._count, self._last, self._signed = 0, 0, GENESIS, False
-        self._known: dict[str, tuple[bytes, str]] = {}  # event id → content, digest
+        self._forget()
 
     def append(self, event: str, body: dict[str, Any], event_id: str | None = None) -> str:
         """Adds a record, on disk when it returns; returns its digest.
@@ -59,7 +60,7 @@ class AuditChain:
             LmcError: The chain does not verify, the id has another content, or a body that JSON cannot say.
         """
         content = canonical([event, body])
-        with locked(self.path):
+        with locked(self.path), self._remembered():
             self._catch_up()
             if event_id is not None and event_id in self._known:
                 before, known = self._known[event_id]
@@ -85,7 +86,32 @@ class AuditChain:
         _require(self.path, report)
         return found
 
+    def check(self) -> None:
+        """Checks, without writing, that the chain can go on with this key.
+
+        Raises:
+            LmcError: It does not verify, or is signed otherwise.
+        """
+        if head_path(self.path).exists() or self.path.exists():
+            with locked(self.path, shared=True):
+                _, report = read_chain(self.path, self._verifier)
+            self._require_own(report)
+
     # --- writing, under the lock ---------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Nothing is known of the file: the next append reads it from its start."""
+        self._end, self._count, self._last, self._signed = 0, 0, GENESIS, False
+        self._known: dict[str, tuple[bytes, str]] = {}  # event id → content, digest
+
+    @contextmanager
+    def _remembered(self) -> Iterator[None]:
+        """A write that fails (a full disk) leaves a record that may be there and a head that does not count it."""
+        try:
+            yield
+        except BaseException:
+            self._forget()
+            raise
 
     def _catch_up(self) -> None:
         """Reads what was added since the last look, and clears up what a crash left."""
@@ -96,10 +122,7 @@ class AuditChain:
             raise LmcError(f"{self.path} became shorter while it was open: records were removed")
         start = Start(self._end, self._count, self._last, self._signed)
         found, report = read_chain(self.path, self._verifier, start)
-        if report.records and report.signed != (self._signer is not None):
-            kinds = ("signed", "without a key") if report.signed else ("not signed", "with a key")
-            raise LmcError(f"{self.path} is {kinds[0]} and cannot go on {kinds[1]}: begin another chain")
-        _require(self.path, report)
+        self._require_own(report)
         for record in found:
             self._take(record)
         if size > self._end:
@@ -108,6 +131,12 @@ class AuditChain:
             fsync_path(self.path)
         if report.notes and head_of(self.path, self._verifier).count != self._count:
             self._replace_head()
+
+    def _require_own(self, report: ChainReport) -> None:
+        if report.records and report.signed != (self._signer is not None):
+            kinds = ("signed", "without a key") if report.signed else ("not signed", "with a key")
+            raise LmcError(f"{self.path} is {kinds[0]} and cannot go on {kinds[1]}: begin another chain")
+        _require(self.path, report)
 
     def _take(self, record: dict[str, Any]) -> None:
         """Moves on past a record that is in the file."""

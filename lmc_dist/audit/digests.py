@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from lmc_dist.errors import LmcError
+from lmc_dist.trajectory.files import fsync_path
 
 SALT_FILE = "salt.key"
 SALT_BYTES = 32
@@ -35,7 +36,7 @@ def salted_digest(salt: bytes, id: int | str) -> str:
 
 
 def write_salt(path: Path, salt: bytes) -> None:
-    """Writes a salt that only its owner can read; one that is there already is never replaced. Local.
+    """Writes a salt that only its owner can read, on disk when it returns; one that is there is never replaced. Local.
 
     Raises:
         LmcError: The file is there.
@@ -55,6 +56,7 @@ def write_salt(path: Path, salt: bytes) -> None:
         ) from None
     finally:
         part.unlink(missing_ok=True)
+    fsync_path(path.parent)  # what is digested with it must not outlive it
 
 
 def read_salt(path: Path) -> bytes:
@@ -66,7 +68,9 @@ def read_salt(path: Path) -> bytes:
     try:
         salt = bytes.fromhex(path.read_text(encoding="ascii").strip())
     except FileNotFoundError:
-        raise LmcError(f"the salt {path} is missing: without it no digest of an id can be made or checked") from None
+        raise LmcError(
+            f"the salt {path} is missing: put it back from a copy, without it no digest of an id can be made or checked"
+        ) from None
     except (OSError, ValueError) as error:
         raise LmcError(f"the salt {path} cannot be read: {error}") from None
     if not 16 <= len(salt) <= 64:

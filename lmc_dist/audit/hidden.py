@@ -15,5 +15,5 @@ def hidden(forget: Mapping[str, Any], digest: str, with_split: bool = False) -> 
 
 
 def is_hidden(forget: Mapping[str, Any]) -> bool:
-    """Whether ids of a section `forget` are replaced by a digest. Pure."""
-    return any(str(forget.get(key)).startswith(SALTED) for key in ("samples", "batches"))
+    """Whether ids of a section `forget`, or a split's name, are replaced by a digest. Pure."""
+    return any(str(forget.get(key)).startswith(SALTED) for key in ("samples", "batches", "split"))

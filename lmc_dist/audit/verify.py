@@ -17,6 +17,7 @@ from lmc_dist.audit.run_record import CHAIN_FILE, RUN_EVENTS, chain_of, code_dig
 from lmc_dist.config import Config
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import check_target, count, write_findings
+from lmc_dist.paths import named
 from lmc_dist.runtime import AgreedError, Runtime, agreement, broadcast_object
 from lmc_dist.trajectory.files import read_json
 from lmc_dist.unlearn.audit import NORMS_FILE
@@ -58,6 +59,7 @@ def find_chain(path: Path) -> Path:
     Raises:
         LmcError: None there.
     """
+    path = named(path)
     for chain in (chain_of(path), path / CHAIN_FILE, path):
         if (chain.suffix == ".jsonl" and chain.is_file()) or head_path(chain).is_file():
             return chain
@@ -70,7 +72,7 @@ def verify_audit(config: Config, runtime: Runtime) -> tuple[str, int]:
     Raises:
         LmcError: On every rank: no chain, an unusable key, or a log, data or request that are not the run's.
     """
-    output, found = Path(config.output_dir), Findings(ChainReport())
+    output, found = named(config.output_dir), Findings(ChainReport())
     with agreement():
         check_target("json", config.json)
         if runtime.is_main:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from lmc_dist.config import OnlineSettings
 from lmc_dist.errors import LmcError
 from lmc_dist.online.service import OnlineUnlearning
+from lmc_dist.online.settings import check_settings
 from lmc_dist.trainers.samples import ID, CollatedBatches, sample_positions
 from lmc_dist.trajectory.batches import blank_rows
 from lmc_dist.trajectory.callback import TrainingLoggerCallback
@@ -33,6 +34,7 @@ class OnlineUnlearningCallback(TrainingLoggerCallback):
                 "a Trainer's batches are its sampler's: companions of removed batches cannot be added to them, give "
                 "OnlineSettings(relearn_per_step=0)"
             )
+        check_settings(self.settings)
         self._dataset, self._collator = trainer.train_dataset, trainer.data_collator
         self._positions = sample_positions(self._dataset)
         original = trainer.get_batch_samples
@@ -50,8 +52,12 @@ class OnlineUnlearningCallback(TrainingLoggerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        batches = CollatedBatches(self._dataset, self._positions, self._collator, args.device)
-        self.online = OnlineUnlearning(self.logger, batches, self.settings, self._positions)
+        try:
+            batches = CollatedBatches(self._dataset, self._positions, self._collator, args.device)
+            self.online = OnlineUnlearning(self.logger, batches, self.settings, self._positions)
+        except BaseException:
+            self.logger.detach()
+            raise
 
 
 def unlearn_online(
@@ -65,7 +71,7 @@ def unlearn_online(
         settings: How requests are answered; `relearn_per_step` must be 0.
 
     Raises:
-        LmcError: A dataset without ids.
+        LmcError: A dataset without ids, or settings that do not fit.
     """
     callback = OnlineUnlearningCallback(trainer, logger, settings or OnlineSettings(relearn_per_step=0))
     trainer.add_callback(callback)

@@ -18,9 +18,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from lmc_dist.audit.digests import SALT_FILE, salt_at, salted_digest
+from lmc_dist.audit.digests import SALT_FILE, read_salt, salt_at, salted_digest
 from lmc_dist.errors import LmcError
-from lmc_dist.trajectory.database import open_database
+from lmc_dist.trajectory.database import check_files, ensure_tables, holds_nothing, open_database
 from lmc_dist.trajectory.files import ledger_folder
 from lmc_dist.trajectory.sealed import require_plain
 
@@ -88,7 +88,18 @@ def asked_before(log_dir: str | Path) -> bool:
         LmcError: Its ledger cannot be read.
     """
     folder = ledger_folder(log_dir)
-    return (folder / TABLE_FILE).exists() and bool(Ledger(folder).requests(*ANSWERED)[0])
+    return (folder / TABLE_FILE).exists() and any(Ledger(folder).requests(*ANSWERED))
+
+
+def ledger_salt(folder: Path) -> bytes:
+    """The salt of a ledger, which is made only where there are no requests yet. Local.
+
+    Raises:
+        LmcError: It is missing beside requests: another one would give their digests no meaning, and what they are about
+            would be trained on again.
+    """
+    path = folder / SALT_FILE
+    return salt_at(path) if holds_nothing(folder / TABLE_FILE) else read_salt(path)
 
 
 class Ledger:
@@ -98,7 +109,7 @@ class Ledger:
         folder: `ledger_folder` of the log.
 
     Raises:
-        LmcError: Not a ledger, a link, or a folder that cannot be written.
+        LmcError: Not a ledger, one without its salt, a link, or a folder that cannot be written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -109,25 +120,22 @@ class Ledger:
             raise LmcError(f"the ledger {self.folder} cannot be made: {error.strerror or error}") from None
         require_plain(self.folder)
         self.path = self.folder / TABLE_FILE
-        self.salt = salt_at(self.folder / SALT_FILE)
-        if not self.path.exists():
-            with self._open() as connection:
-                if not connection.execute(
-                    "SELECT 1 FROM sqlite_master"
-                ).fetchall():  # nobody else has made it meanwhile
-                    connection.execute(SCHEMA)
+        self.salt = ledger_salt(self.folder)
+        if holds_nothing(self.path):
+            with self._open():
+                pass
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection within one transaction, which waits its turn among all writers."""
-        if self.path.exists() and self.path.stat().st_size:
-            with open_database(self.path, SCHEMA):  # exactly the table that is expected
-                pass
+        """A connection within one transaction, which waits its turn among all writers; the first one makes the table."""
+        if self.path.exists():
+            check_files(self.path)
         try:
             with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
                 connection.execute("PRAGMA synchronous = EXTRA")
                 connection.execute("PRAGMA trusted_schema = OFF")
                 connection.execute("BEGIN IMMEDIATE")
+                ensure_tables(connection, SCHEMA, self.path)
                 yield connection
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -194,12 +202,19 @@ class Ledger:
                 bad.append(error)
         return good, bad
 
-    def decide(self, names: Iterable[str], step: int) -> None:
-        """Notes that requests are answered at a step boundary, before it is done."""
+    def decide(self, names: Iterable[str], step: int, since: tuple[Status, ...] = ("pending",)) -> None:
+        """Notes that requests are answered at a step boundary, before it is done.
+
+        Args:
+            names: Of the requests.
+            step: The boundary.
+            since: What they are until then; `ANSWERED` where a crash has taken their answers back.
+        """
+        marks = ", ".join("?" for _ in since)
         with self._open() as connection:
             connection.executemany(
-                "UPDATE requests SET status = 'decided', step = ? WHERE name = ? AND status = 'pending'",
-                [(step, name) for name in names],
+                f"UPDATE requests SET status = 'decided', step = ? WHERE name = ? AND status IN ({marks})",
+                [(step, name, *since) for name in names],
             )
 
     def finish(self, name: str, status: Status, result: Mapping[str, Any]) -> None:

@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from lmc_dist.audit.chain import AuditChain
 from lmc_dist.audit.digests import salted_digest
 from lmc_dist.config import OnlineSettings
 from lmc_dist.digest import json_digest
-from lmc_dist.errors import LmcError
+from lmc_dist.errors import LmcError, shorten
 from lmc_dist.online.ledger import ANSWERED, CHAIN_FILE, Ledger, Request, Status
 from lmc_dist.online.live import LiveRun
 from lmc_dist.online.settings import check_settings
@@ -33,12 +37,14 @@ from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.edits import LogEdit, first_touched, read_edits, union, with_open_edits
-from lmc_dist.trajectory.files import ledger_folder
+from lmc_dist.trajectory.files import MANIFEST_FILE, ledger_folder
 from lmc_dist.trajectory.logger import TrainingLogger
+from lmc_dist.trajectory.manifest import read_manifest
+from lmc_dist.trajectory.passes import Pass
 from lmc_dist.trajectory.record import StepRecord
+from lmc_dist.trajectory.rewritten import gone_requests
 from lmc_dist.trajectory.snapshots import snapshot_steps
 from lmc_dist.trajectory.store import TrajectoryLog
-from lmc_dist.unlearn.request import shorten
 
 logger = logging.getLogger("lmc_dist")
 
@@ -49,6 +55,28 @@ class Asked:
 
     request: Request
     sample_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Relearning:
+    """Companions of the batches that an edit removed, on their way back into training.
+
+    Attributes:
+        step: That is next.
+        waiting: Samples that no step has taken up yet.
+    """
+
+    step: int
+    waiting: list[int]
+
+    def take(self, step: int, own: Collection[int], count: int) -> list[int]:
+        """What a step takes up beside its own samples; steps in between that were not asked for had no such samples."""
+        taken: list[int] = []
+        while self.step <= step:
+            taken = [i for i in self.waiting if self.step < step or i not in own][:count]
+            self.waiting = [i for i in self.waiting if i not in taken]
+            self.step += 1
+        return taken
 
 
 class OnlineUnlearning:
@@ -85,16 +113,17 @@ class OnlineUnlearning:
         self._forgotten: set[str] = set()  # digests
         self._digests: dict[int, str] = {}
         self._known = list(known_ids)
-        self._relearn: list[tuple[int, tuple[int, ...]]] = []  # from which step on, samples
+        self._relearn: list[Relearning] = []
         self._due: dict[int, list[str]] = {}  # decided before a crash: step → names
+        self._looks_again = False  # at the next step, whatever `poll_every`: the ledger could not be read
         with agreement(self.group):
             check_settings(self.settings)
             if self.is_main:
-                self.ledger = Ledger(ledger_folder(logger.log_dir))
-                self.audit = AuditChain(self.ledger.folder / CHAIN_FILE, self.settings.signing_key)
+                self.ledger, self.audit = open_books(logger.log_dir, self.settings, is_new=not logger.has_resumed)
         self._salt: bytes = broadcast_object(self.ledger.salt if self.is_main else None, self.group)
         self._take_up()
         logger.boundaries.append(self._boundary)
+        logger.is_void = self._is_void
 
     # --- what training asks ------------------------------------------------------------------------------------------
 
@@ -106,17 +135,34 @@ class OnlineUnlearning:
         """Rows of a batch, by their samples' ids, that are to be emptied with `blank_rows`. Local."""
         return [row for row, i in enumerate(ids) if self.is_forgotten(i)]
 
-    def relearned(self, step: int) -> list[int]:
-        """Companions of removed batches that the batch of a step takes up beside its own samples. Local."""
-        count, found = self.settings.relearn_per_step, []
-        for since, ids in self._relearn:
-            place = (step - since) * count
-            found += [i for i in ids[max(place, 0) : max(place + count, 0)] if not self.is_forgotten(i)]
-        return found
+    def relearned(self, step: int, own: Collection[int] = ()) -> list[int]:
+        """Companions of removed batches that the batch of a step takes up beside its own samples. Local.
+
+        Asked once for each step, in order, and after a resume for the steps before it as well, since what they took up
+        follows from their own samples: so it is the same on all ranks and in every process.
+
+        Args:
+            step: The step.
+            own: Its own samples. A companion that is among them waits for a later step.
+        """
+        found: list[int] = []
+        for queue in self._relearn:
+            found += queue.take(step, {*own, *found}, self.settings.relearn_per_step)
+        return [i for i in found if not self.is_forgotten(i)]
 
     def summary(self) -> dict[str, Any]:
         """What answering cost this process. Local."""
         return {"answered": self.answered, "lost_seconds": self.lost_seconds, "corrections": self.corrections}
+
+    def _is_void(self, passes: Sequence[Pass]) -> bool:
+        """Whether a step's passes hold nothing any more, on any rank, because of what is forgotten. Collective."""
+        if not self._forgotten:
+            return False
+        is_any = torch.tensor([any(p.blanks for p in passes), any(p.num_targets for p in passes)], dtype=torch.int64)
+        if self.shards.layout.world_size > 1:
+            dist.all_reduce(is_any, dist.ReduceOp.MAX, group=self.group)
+        is_emptied, is_used = is_any.tolist()
+        return bool(is_emptied and not is_used)
 
     def _digest(self, sample_id: int) -> str:
         if sample_id not in self._digests:
@@ -131,59 +177,72 @@ class OnlineUnlearning:
         with agreement(self.group):
             if self.is_main:
                 found = self._left_off()
-        forgotten, self._relearn, self._due = broadcast_object(found, self.group)
+        forgotten, edits, self._due = broadcast_object(found, self.group)
         self._forgotten = set(forgotten)
+        self._relearn = [Relearning(edit.step, list(edit.relearn)) for edit in edits if edit.relearn]
 
-    def _left_off(self) -> tuple[list[str], list[tuple[int, tuple[int, ...]]], dict[int, list[str]]]:
-        """Rank 0."""
+    def _left_off(self) -> tuple[list[str], list[LogEdit], dict[int, list[str]]]:
+        """(digests that are forgotten, edits in order, requests that are due by step). Rank 0."""
         step, path = self.logger.step, self.logger.log_dir
-        if not self.logger.has_resumed and (old := self.ledger.requests(*ANSWERED)[0]):
-            raise LmcError(
-                f"{self.ledger.folder} holds {len(old)} answered requests of an earlier run, and a new one begins: move it away "
-                "(it is the earlier run's proof), and leave the samples out of the new run's data (forget.samples)"
-            )
         edits = {n: edit for n, edit in read_edits(path, snapshot_steps(path)).items() if n <= step}
+        gone = gone_requests(read_manifest(path)) if (path / MANIFEST_FILE).exists() else set()
         forgotten: list[str] = []
         due: dict[int, list[str]] = {}
         for request in self.ledger.requests(*ANSWERED)[0]:
+            if request.name in gone:  # the log is without its data from the first step on: there is nothing to correct
+                forgotten += request.samples
+                if request.status == "decided":
+                    self._close(request, "excluded", {"reason": "the log was rewritten without it"}, None)
+                continue
             if request.step is None or request.step > step:  # its snapshot was never finished, or is lost
                 due.setdefault(request.step or step + 1, []).append(request.name)
                 continue
             forgotten += request.samples
             edit = edits.get(request.step)
-            if request.status == "decided" and edit is not None and request.name in edit.names:
+            if request.status != "decided":
+                continue
+            if edit is not None and request.name in edit.names:
                 self._close(request, "applied", edit.figures, edit)
-        return forgotten, [(n, edit.relearn) for n, edit in sorted(edits.items()) if edit.relearn], due
+            else:  # nothing says what came of it
+                due.setdefault(step + 1, []).append(request.name)
+        return forgotten, [edit for _, edit in sorted(edits.items())], due
 
     # --- the boundary ------------------------------------------------------------------------------------------------
 
     def _boundary(self, step: int) -> None:
         """Answers what has come. Collective; called once a step is recorded and before its snapshot."""
-        due = self._due.pop(step, [])
-        if not due and step % self.settings.poll_every:
+        due = [name for at, names in self._due.items() if at <= step for name in names]
+        if not due and not self._looks_again and step % self.settings.poll_every:
             return
         started = time.perf_counter()
         asked = broadcast_object(self._ask(step, due) if self.is_main else None, self.group)
+        self._looks_again = asked is None
+        if asked is not None:
+            self._due = {at: names for at, names in self._due.items() if at > step}
         if asked:
             self._answer(step, asked)
         self.lost_seconds += time.perf_counter() - started
 
-    def _ask(self, step: int, due: Sequence[str]) -> list[Request]:
-        """What is to be answered at a step, noted as decided. Rank 0; a ledger in trouble never stops training."""
+    def _ask(self, step: int, due: Sequence[str]) -> list[Request] | None:
+        """What is to be answered at a step, noted as decided; None where the ledger could not be read. Rank 0.
+
+        A ledger in trouble never stops training.
+        """
         try:
             if not due and not self.ledger.has_pending():
                 return []
-            found, malformed = self.ledger.requests("pending", *(ANSWERED if due else ()))
+            found, malformed = self.ledger.requests("pending")
             for row in malformed:
                 logger.warning("rejected: %s", row)
                 self.ledger.reject(row.row, row.reason)
                 self.audit.append("rejected", {"reason": row.reason}, f"row-{row.row}")
-            found = [request for request in found if request.status == "pending" or request.name in due]
+            again = [request for request in self.ledger.requests(*ANSWERED)[0] if request.name in due] if due else []
             self.ledger.decide([request.name for request in found], step)
-            return found
+            self.ledger.decide([request.name for request in again], step, ANSWERED)
+            return [*found, *again]
         except (LmcError, OSError) as error:
             logger.warning("requests wait: %s", error)
-            return []
+            return None
 
     def _answer(self, step: int, requests: Sequence[Request]) -> None:
         """Corrects for all of them together, those that can be. Collective."""
@@ -231,13 +290,14 @@ class OnlineUnlearning:
             for one in seen:
                 self._finish(one.request, "refused", {"reason": str(error)})
             return
-        relearn = tuple(i for i in companions(seen, records) if not self.is_forgotten(i))
+        removed = frozenset(i for edit in log.edits.values() for i in edit.request.batch_ids)
+        relearn = tuple(i for i in companions(seen, records, removed) if not self.is_forgotten(i))
         names = tuple(one.request.name for one in seen)
         edit = LogEdit(step, whole, found.method, names, relearn, found.figures)
         self.logger.edit(edit)
         self.corrections += 1
         if relearn:
-            self._relearn.append((step, relearn))
+            self._relearn.append(Relearning(step, list(relearn)))
         for one in seen:
             self._finish(one.request, "applied", found.figures, edit)
 
@@ -300,12 +360,50 @@ def counterfactual(one: Asked, records: Sequence[StepRecord]) -> Counterfactual:
 NOTHING = Counterfactual("skip", batch_ids=frozenset({-1}))  # touches no step
 
 
-def companions(seen: Sequence[Asked], records: Sequence[StepRecord]) -> list[int]:
-    """Samples that lay in the removed batches beside those that are forgotten, as training met them. Pure."""
+def companions(
+    seen: Sequence[Asked], records: Sequence[StepRecord], removed: Collection[int] = frozenset()
+) -> list[int]:
+    """Samples that lay in the removed batches beside those that are forgotten, as training met them. Pure.
+
+    Args:
+        seen: The requests.
+        records: Of the steps so far.
+        removed: Batches that earlier requests took back, whose companions have been taken up again since or wait for it.
+            Where a step that took them up is itself removed now, they are companions of that step.
+    """
     found: dict[int, None] = {}
     for one in seen:
         ids = set(one.sample_ids)
         if one.request.unit == "batch":
-            batches = {record.batch_id for record in records if not ids.isdisjoint(record.sample_ids)}
+            batches = {record.batch_id for record in records if not ids.isdisjoint(record.sample_ids)} - set(removed)
             found |= dict.fromkeys(i for r in records if r.batch_id in batches for i in r.sample_ids)
     return list(found)
+
+
+def open_books(log_dir: str | Path, settings: OnlineSettings, is_new: bool) -> tuple[Ledger, AuditChain]:
+    """Ledger and audit of a run, of which it is known that they can go on. Local; the first rank alone.
+
+    Args:
+        log_dir: The log.
+        settings: How requests are answered.
+        is_new: Whether the run begins, and does not go on.
+
+    Raises:
+        LmcError: No ledger, or one that cannot be read whole; an earlier run's, where a new one begins; a key that cannot be
+            used or is not that of the audit.
+    """
+    ledger = Ledger(ledger_folder(log_dir))
+    answered, malformed = ledger.requests(*ANSWERED)
+    if is_new and (answered or malformed):
+        raise LmcError(
+            f"{ledger.folder} holds {len(answered) + len(malformed)} answered requests of an earlier run, and a new one begins: "
+            "move it away (it is the earlier run's proof), and leave the samples out of the new run's data (forget.samples)"
+        )
+    if malformed:
+        raise LmcError(
+            f"{ledger.path}: {malformed[0]}, and {len(malformed)} such requests were answered: what they forgot is not known any "
+            "more, so training would learn it again: put the ledger back from a copy"
+        )
+    audit = AuditChain(ledger.folder / CHAIN_FILE, settings.signing_key)
+    audit.check()
+    return ledger, audit

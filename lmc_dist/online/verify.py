@@ -8,12 +8,12 @@ from typing import Any
 
 from lmc_dist.audit.chain import AuditChain, verify_chain
 from lmc_dist.audit.digests import salted_digest
-from lmc_dist.online.ledger import CHAIN_FILE, Ledger, Request
+from lmc_dist.online.ledger import ANSWERED, CHAIN_FILE, Ledger, Request
 from lmc_dist.trajectory.edits import LogEdit, read_edits
 from lmc_dist.trajectory.files import MANIFEST_FILE
 from lmc_dist.trajectory.manifest import read_manifest
 from lmc_dist.trajectory.record import StepRecord
-from lmc_dist.trajectory.rewritten import gone_edits
+from lmc_dist.trajectory.rewritten import gone_requests
 from lmc_dist.trajectory.snapshots import snapshot_steps
 from lmc_dist.trajectory.store import readable_rows
 
@@ -45,13 +45,14 @@ def verify_books(log_dir: str | Path, folder: str | Path, public_key: str | None
         problems.append(f"audit: {chain} is missing")
     edits, records, gone = {}, [], set()
     if (path / MANIFEST_FILE).exists():
-        gone = gone_edits(read_manifest(path))
+        gone = gone_requests(read_manifest(path))
         edits = read_edits(path, snapshot_steps(path))
         records = [record for record, _ in readable_rows(path).values()]
     problems += check_events(requests, events) if chain.exists() and not problems else []
     first_kept = min(snapshot_steps(path), default=0) if records else 0
-    problems += check_edits([r for r in requests if r.step not in gone], edits, first_kept)
+    problems += check_edits([r for r in requests if r.name not in gone], edits, first_kept)
     problems += check_later_steps(requests, records, ledger.salt, gone)
+    problems += check_decided([r for r in requests if r.name not in gone], edits, len(records))
     waiting = [request for request in requests if request.status in ("pending", "decided")]
     if waiting:
         notes.append(f"waiting for training to answer: {len(waiting)} of {len(requests)} requests")
@@ -59,8 +60,11 @@ def verify_books(log_dir: str | Path, folder: str | Path, public_key: str | None
 
 
 def check_events(requests: Iterable[Request], events: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Answers in the ledger that the audit does not have, and the reverse. Pure."""
-    noted = {(event["body"].get("request"), event["event"]) for event in events}
+    """Answers in the ledger that the audit does not have, and the reverse. Pure.
+
+    A request that was answered anew after a crash is in the audit once for each answer: the last one counts.
+    """
+    noted = set({event["body"].get("request"): event["event"] for event in events}.items())
     known = {(request.name, request.status) for request in requests}
     answered = {(name, status) for name, status in known if status not in ("pending", "decided")}
     missing = [f"the ledger says that request {n[:12]} is {s}, the audit does not" for n, s in sorted(answered - noted)]
@@ -90,8 +94,19 @@ def check_edits(requests: Iterable[Request], edits: Mapping[int, LogEdit], first
     return found
 
 
+def check_decided(requests: Iterable[Request], edits: Mapping[int, LogEdit], num_steps: int) -> list[str]:
+    """Requests that were decided at a step which lies behind, and of which nothing says what became of them. Pure."""
+    return [
+        f"request {request.name[:12]} was decided at step {request.step}, and training went on to step {num_steps} without an "
+        "answer: resume the run, it is answered then"
+        for request in requests
+        if request.status == "decided" and request.step is not None and request.step < num_steps
+        if request.step not in edits or request.name not in edits[request.step].names
+    ]
+
+
 def check_later_steps(
-    requests: Iterable[Request], records: Iterable[StepRecord], salt: bytes, gone: Set[int] = frozenset()
+    requests: Iterable[Request], records: Iterable[StepRecord], salt: bytes, gone: Set[str] = frozenset()
 ) -> list[str]:
     """Steps that trained on a sample after it was to be forgotten. Pure.
 
@@ -99,12 +114,12 @@ def check_later_steps(
         requests: Of the ledger.
         records: Of the log.
         salt: Of the ledger.
-        gone: Steps whose corrections went when the log was rewritten: no step may hold any more what they were about.
+        gone: Names of requests whose corrections went when the log was rewritten: no step may hold any more what they are about.
     """
     since: dict[str, int] = {}
     for request in requests:
-        if request.step is not None and request.status in ("applied", "excluded", "refused"):
-            step = 0 if request.step in gone and request.status == "applied" else request.step
+        if request.step is not None and request.status in ANSWERED:
+            step = 0 if request.name in gone else request.step
             for digest in request.samples:
                 since[digest] = min(step, since.get(digest, step))
     digests: dict[int, str] = {}

@@ -76,6 +76,39 @@ def open_database(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
         raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
 
 
+def holds_nothing(path: Path) -> bool:
+    """Whether a database is missing or empty: the process that made it ended before its first commit. Local.
+
+    Raises:
+        LmcError: What lies there is not for SQLite to open.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return True
+    check_files(path)
+    try:
+        with closing(_connect(path)) as connection:
+            return not _objects(connection)
+    except sqlite3.DatabaseError as error:
+        raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
+
+
+def ensure_tables(connection: sqlite3.Connection, schema: str, path: Path) -> None:
+    """Makes the table of a database that holds nothing yet, within the transaction that is open. Local.
+
+    Args:
+        connection: For writing.
+        schema: One statement.
+        path: Of the database.
+
+    Raises:
+        LmcError: It holds anything else.
+    """
+    if not (found := _objects(connection)):
+        connection.execute(schema)
+    elif found != _made_by(schema):
+        raise LmcError(f"{path} is damaged: its tables are not those that are expected")
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     # Reading needs no right to write but where a journal has to be rolled back.
     for mode in ("ro", "rw"):

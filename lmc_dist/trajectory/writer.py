@@ -29,6 +29,7 @@ from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.background import BackgroundWriter
 from lmc_dist.trajectory.difference import RoundedUpdates, difference, stored_update
+from lmc_dist.trajectory.edits import EDIT_FILE
 from lmc_dist.trajectory.files import StagedFile, publish_files, stage_shard_file, step_folder
 from lmc_dist.trajectory.lock import LogLock, is_lock_file
 from lmc_dist.trajectory.manifest import write_manifest
@@ -76,7 +77,7 @@ class LogWriter:
             writes a step, u_s; where updates are rounded, also θ_s as the log gives it.
         theta: θ of the first step as the log reproduces it.
         resumed: The run that is continued, with rank 0's hold on the directory.
-        keeps_first: Whether a ring keeps θ_0, from which every step can be replayed.
+        keeps_first: Whether a ring keeps θ_0, from which every step can be replayed, and the edits on the way.
 
     Raises:
         LmcError: The directory is not empty, or another job writes there.
@@ -391,10 +392,12 @@ def is_lossy(manifest: TrajectoryManifest) -> bool:
 def drop_before(log_dir: Path, table: StepTable, first_kept: int, keeps_first: bool = False) -> None:
     """Deletes the snapshots and step tensors before `first_kept`, in an order that a crash cannot make lie. Local.
 
-    With `keeps_first` θ_0 stays.
+    With `keeps_first` θ_0 stays, and edits do: a replay from θ_0 that did not come past them would train again on what
+    they forgot.
     """
     for step in snapshot_steps(log_dir):
-        if keeps_first <= step < first_kept:
+        is_passed = keeps_first and (step == 0 or (log_dir / snapshot_folder(step) / EDIT_FILE).exists())
+        if step < first_kept and not is_passed:
             # out of sight first, so that no half-deleted snapshot is ever taken for a whole one
             doomed = log_dir / "snapshots" / f"deleted-{step}"
             (log_dir / snapshot_folder(step)).rename(doomed)
