@@ -107,7 +107,7 @@ class Job:
         self.alone = dist.new_group([0])
 
         def module(log: Any) -> Any:
-            skeleton = logged_skeleton(config, opened.model_config, self.device)
+            skeleton = logged_skeleton(config, opened.model_config, opened.log, self.device)
             return on_shards(skeleton, config, opened.model_config, log, self.device)
 
         self.make_module = lambda layout: module(TrajectoryLog(self.log.path, layout.group))

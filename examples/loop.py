@@ -1,6 +1,6 @@
 """Supervised fine-tuning in plain PyTorch. What keeps the log is marked with (log).
 
-python examples/loop.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/loop_log
+python examples/loop.py --model runs/example/base --data runs/example/data.jsonl --log_dir runs/example/loop_log
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub")
     parser.add_argument("--data", required=True, help="JSON lines with id, question, answer")
-    parser.add_argument("--log", required=True, help="folder of the trajectory log")
+    parser.add_argument("--log_dir", required=True, help="folder of the trajectory log")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
@@ -32,7 +32,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with training_log(  # (log)
         model,
-        options.log,
+        options.log_dir,
         optimizer,
         save_interval=4,
         save_batch_data=True,

@@ -1,6 +1,6 @@
 """Supervised fine-tuning with the Hugging Face Trainer. What keeps the log is marked with (log).
 
-python examples/trainer.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/log
+python examples/trainer.py --model runs/example/base --data runs/example/data.jsonl --log_dir runs/example/log
 accelerate launch --config_file configs/accelerate_zero3.yaml examples/trainer.py ...      DeepSpeed ZeRO-3
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub")
     parser.add_argument("--data", required=True, help="JSON lines with id, question, answer")
-    parser.add_argument("--log", required=True, help="folder of the trajectory log")
+    parser.add_argument("--log_dir", required=True, help="folder of the trajectory log")
     parser.add_argument("--output", default=None, help="folder for the fine-tuned model")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8, help="samples of each rank and step")
@@ -65,7 +65,7 @@ def main() -> None:
     on_cpu = ranks_on_cpu()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     arguments = TrainingArguments(
-        output_dir=f"{options.log}-trainer",
+        output_dir=f"{options.log_dir}-trainer",
         per_device_train_batch_size=options.batch,
         num_train_epochs=options.epochs,
         learning_rate=1e-3,
@@ -77,7 +77,7 @@ def main() -> None:
         logging_steps=4,
         **on_cpu,
     )
-    logger = TrainingLogger(options.log, save_interval=4, save_batch_data=True)  # (log)
+    logger = TrainingLogger(options.log_dir, save_interval=4, save_batch_data=True)  # (log)
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         args=arguments,

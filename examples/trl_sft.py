@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer. What keeps the log is marked with (log).
 
-python examples/trl_sft.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/trl_log
+python examples/trl_sft.py --model runs/example/base --data runs/example/data.jsonl --log_dir runs/example/trl_log
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the hub")
     parser.add_argument("--data", required=True, help="JSON lines with id, question, answer")
-    parser.add_argument("--log", required=True, help="folder of the trajectory log")
+    parser.add_argument("--log_dir", required=True, help="folder of the trajectory log")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8, help="samples of each rank and step")
     options = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
     on_cpu = ranks_on_cpu()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     arguments = SFTConfig(
-        output_dir=f"{options.log}-trainer",
+        output_dir=f"{options.log_dir}-trainer",
         per_device_train_batch_size=options.batch,
         num_train_epochs=options.epochs,
         learning_rate=1e-3,
@@ -47,7 +47,7 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
         **{key: value for key, value in on_cpu.items() if key != "use_cpu"},
     )
-    logger = TrainingLogger(options.log, save_interval=4, save_batch_data=True)  # (log)
+    logger = TrainingLogger(options.log_dir, save_interval=4, save_batch_data=True)  # (log)
     trainer = LoggedSFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         args=arguments,

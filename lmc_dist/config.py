@@ -48,7 +48,7 @@ class ModelConfig:
         path: Pretrained checkpoint (folder or hub name), with its tokenizer; null builds one from `config`.
         config: Hugging Face model config (with `model_type`) of a model started from random weights.
         vocab_size: Vocabulary of the tokenizer trained on the data when `path` is null.
-        attn_implementation: Attention kernel of training.
+        attn_implementation: Attention kernel; null is the logged one, and sdpa where there is no log.
         dropout: Sets every dropout probability of the model config when given.
         trainable: Regular expression: parameters whose names it does not find are frozen; null trains all.
     """
@@ -56,7 +56,7 @@ class ModelConfig:
     path: str | None = None
     config: dict[str, Any] | None = None
     vocab_size: int = 512
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager"] | None = None
     dropout: float | None = None
     trainable: str | None = None
 
@@ -116,7 +116,8 @@ class LogConfig:
         compression: `none`, or `zstd` of the tensors' shuffled bytes.
         buffer_mb: MiB of memory of each rank for steps that wait to be written; training waits when it is full.
         save_batch_data: Keep the tokens of every sample, once, so that unlearning needs no dataset.
-        keep_first: With a ring: keep the first snapshot, from which what has left the ring can still be replayed.
+        keep_first: With a ring: keep the first snapshot, from which what has left the ring can still be replayed, and the
+            edits that such a replay comes past.
     """
 
     storage: Storage = "update"
@@ -377,7 +378,8 @@ class PruneConfig:
     Attributes:
         before: Tensors and snapshots before this step go, but for the snapshot from which it can be reached.
         to_tier: Vectors that this storage tier does not keep go; of `full`, updates are first made from its θ.
-        snapshots_every: Of the snapshots the first, the last and those at multiples of this stay.
+        snapshots_every: Of the snapshots the first, the last, those at multiples of this and the first that corrections
+            can start from stay.
         batch_data: The tokens of samples go.
         dry_run: Only say what would be freed and what could no longer be forgotten.
     """

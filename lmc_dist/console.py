@@ -114,12 +114,13 @@ def unlearning_table(result: dict[str, Any]) -> str:
         f"{'gradients-equivalent':>23}{'seconds':>10}",
     ]
     for row in result["rows"]:
+        retained = "-" if request.get("retained") == 0 else number(row["loss_retain"])
         error = "-" if row["rel_error"] is None else f"{row['rel_error']:.3f}"
         if row["method"] == "retrain":
             error += " (reference)"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
         lines.append(
-            f"{row['label']:<{width}}{error:>16}{number(row['loss_forget']):>20}{number(row['loss_retain']):>19}"
+            f"{row['label']:<{width}}{error:>16}{number(row['loss_forget']):>20}{retained:>19}"
             f"{row['gradients']:>23.1f}{seconds:>10}"
         )
     if result.get("privacy") is not None:

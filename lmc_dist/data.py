@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that cross entropy skips
 TOFU_ROWS = 4000
+MOST_IDS = 10_000_000  # that ranges of an option may name: they are written out
 SPLIT_PERCENTS = (1, 5, 10)
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
@@ -364,7 +365,10 @@ def read_ids(spec: str) -> list[int]:
             raise LmcError(f"{spec}: a {type(values).__name__}; write a list of sample ids")
         entries = [(f"{spec}, entry {position}", value) for position, value in enumerate(values)]
     else:
-        entries = [(repr(part), value) for part in spec.split(",") for value in _range(part)]
+        ranges = [(repr(part), _range(part)) for part in spec.split(",")]
+        if (number := sum(ids.stop - ids.start for _, ids in ranges)) > MOST_IDS:
+            raise LmcError(f"{spec[:60]} names {number} sample ids; the limit of a request is {MOST_IDS}: split it")
+        entries = [(where, value) for where, ids in ranges for value in ids]
     for where, value in entries:
         if not _is_id(value):
             raise LmcError(f"{where}: {value!r} is no sample id; write an integer in 0..2**63-1")

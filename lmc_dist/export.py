@@ -1,4 +1,10 @@
-"""A Hugging Face checkpoint folder from shards: what `save_pretrained` would write, without gathering the model."""
+"""A Hugging Face checkpoint folder from shards, without gathering the model.
+
+Weights have the names and shapes of the module's parameters. For most models these are what `save_pretrained` writes. Where
+transformers 5 renames or merges weights as it loads (GPT-NeoX's `embed_out`, Mixtral's experts) `save_pretrained` takes that
+back and this does not: transformers has no public way to do it tensor by tensor. `from_pretrained` of transformers 5 reads
+both to the same weights; docs/limits.md says what to do for other readers.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from lmc_dist.audit.hidden import hidden
+from lmc_dist.audit.hidden import SALTED, hidden
 from lmc_dist.config import Config, WandbConfig
 from lmc_dist.console import Listener
 from lmc_dist.errors import LmcError, first_line
@@ -128,6 +128,8 @@ def check_tracking(settings: WandbConfig) -> None:
 def shown_settings(config: Config) -> dict[str, Any]:
     """The settings as a server may have them: without the ids of what is forgotten. Pure."""
     values = asdict(config)
+    if values["slurm"]["arguments"]:  # a command line, which may name them
+        values["slurm"]["arguments"] = f"{SALTED}not sent"
     return values | {section: hidden(values[section], "not sent") for section in ("forget", "request")}
 
 
@@ -162,7 +164,9 @@ def tracked(config: Config, is_main: bool, folder: str | Path | None = None) -> 
             dir=None if folder is None or "WANDB_DIR" in os.environ else str(folder),
             config=shown_settings(config),
             # Its own lines would stand between those of the run, and a job's log keeps the output anyway.
-            settings=wandb.Settings(console="off", silent=True),
+            # wandb-metadata.json would hold the command line, with the ids of what is forgotten; with it go the names of
+            # host, user and hardware, not the system's metrics.
+            settings=wandb.Settings(console="off", silent=True, x_disable_meta=True),
         )
     except Exception as error:  # it has many types of its own
         raise LmcError(f"wandb cannot start: {first_line(error)}; see --wandb.mode") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_zero3 import GPT2, small_config, this_runtime, train_job
 
-from lmc_dist.config import Config, DataConfig, ForgetConfig, LogConfig, ModelConfig, UnlearnConfig
+from lmc_dist.config import Config, DataConfig, ForgetConfig, LogConfig, ModelConfig, RequestConfig, UnlearnConfig
 from lmc_dist.errors import LmcError
 from lmc_dist.ports import free_port
 
@@ -211,6 +212,29 @@ def test_existing_results_are_not_overwritten_by_accident(ranks: Any, trained: C
     assert (tmp_path / "out" / "precious.txt").exists()
 
 
+def everything_job(config: Config) -> tuple[list[Any], str, list[str]]:
+    """(losses on retained samples, the table, warnings) of a run that forgets all samples."""
+    from lmc_dist.console import unlearning_table
+    from lmc_dist.trajectory.store import TrajectoryLog
+    from lmc_dist.unlearn import asked
+    from lmc_dist.unlearn.run import unlearn
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(asked.logger, "warning", lambda text, *args: said.append(text % args))
+        ids = {i for record in TrajectoryLog(config.log_dir).records() for i in record.sample_ids}
+        request = ForgetConfig(samples=",".join(map(str, sorted(ids))))
+        result = unlearn(replace(config, forget=request), this_runtime())
+    return [row["loss_retain"] for row in result["rows"]], unlearning_table(result), said
+
+
+def test_forgetting_everything_is_remarked_on(ranks: Any, trained: Config, tmp_path: Path) -> None:
+    config = replace(trained, output_dir=str(tmp_path / "out"), unlearn=UnlearnConfig(replay_head="all"))
+    for retained, table, said in ranks(2).run(everything_job, config):
+        assert retained == [None, None] and len(said) == 1 and said[0].startswith("nothing remains: all samples")
+        assert all(re.search(r"\d\.\d{4} +- ", line) for line in table.splitlines()[2:]), table
+
+
 def ring_and_log_job(config: Config) -> str:
     from lmc_dist.training import Trainer
 
@@ -234,8 +258,6 @@ def test_training_refuses_a_used_log_and_bad_settings(ranks: Any, trained: Confi
         (replace(config, log=LogConfig(storage="all")), "unknown log storage 'all'"),  # type: ignore[arg-type]
         (replace(config, log=LogConfig(save_interval=None, max_steps=3)), "a ring .* needs save_interval"),
     ]
-    import re
-
     for bad, message in cases:
         errors = ranks(2).run(ring_and_log_job, bad)
         assert all(re.search(message, error) for error in errors), (message, errors)
@@ -271,6 +293,50 @@ def test_launched_ranks_exit_with_one_line(tmp_path: Path, launcher: str) -> Non
     assert len(lines) == 1 and "no trajectory log in" in lines[0]
     assert "Traceback" not in done.stderr.split("elastic")[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_rank_that_was_not_told_which_does_not_wait(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    from lmc_dist import runtime
+    from lmc_dist.log_commands.ranks import join_ranks
+
+    told = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    runtime.check_launched(told)
+    runtime.check_launched({})  # a process started alone
+    runtime.check_launched({"WORLD_SIZE": "1"})
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(runtime, "quiet", pytest.fail)  # what comes next
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv(missing)
+    for join in (runtime.init, join_ranks):
+        with pytest.raises(LmcError, match=f"WORLD_SIZE=2 in the environment, without {missing}: start the ranks with"):
+            join()
+
+
+def test_paths_that_end_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmc_dist.audit.show import show_audit
+    from lmc_dist.log_commands.forget import file_request, show_ledger
+    from lmc_dist.runtime import check_replaceable, promoted, set_aside
+    from lmc_dist.trajectory.files import ledger_folder
+    from lmc_dist.trajectory.swap import building
+
+    (tmp_path / "log" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "log")
+    for here in (".", "x/.."):
+        assert ledger_folder(here) == tmp_path / "log.requests" and building(Path(here)) == tmp_path / "log.rewriting"
+        assert set_aside(Path(here)) == tmp_path / "log.old"
+        config = Config(log_dir=here, output_dir=here, request=RequestConfig(ids="3"))
+        assert "1 sample" in file_request(config) and "pending" in show_ledger(config)
+        with pytest.raises(LmcError, match=f"{tmp_path}/log holds no audit"):
+            show_audit(config)
+        with pytest.raises(LmcError, match="is the present folder, and results replace theirs as a whole"):
+            check_replaceable(Path(here), "result.json", overwrite=True)
+    assert ledger_folder("runs/log") == Path("runs/log.requests")  # others stay as they are written
+    check_replaceable(Path("x/y/.."), "result.json", overwrite=False)
+    with promoted(Path("x/y/..")) as part:
+        (part / "result.json").touch()
+    assert [path.name for path in (tmp_path / "log").rglob("*")] == ["x", "result.json"]
 
 
 def test_results_are_whole_wherever_their_replacement_is_cut_off(

@@ -195,6 +195,19 @@ def test_bfloat16_engines_are_replayed_to_the_bit(ranks: Any, tmp_path: Path, si
         assert weights <= 2**-10 and v <= (0.05 if tier == "replay" else 0.01), (tier, weights, v)
 
 
+def replay_refused(config: Config) -> str:
+    with pytest.raises(LmcError) as caught:
+        replayed(config)
+    return str(caught.value)
+
+
+def test_a_log_of_one_process_is_replayed_in_one(ranks: Any, tmp_path: Path) -> None:
+    config = engine_config(tmp_path, "single", "replay")
+    ranks(1).run(train_job, config)
+    for told in ranks(2).run(replay_refused, config):
+        assert "trained by one process and here are 2 ranks: replay it in one" in told and "Wrap it" not in told
+
+
 # --- frozen parameters ---------------------------------------------------------------------------------------------
 
 
@@ -500,7 +513,8 @@ def refusal(folder: Path, change: str) -> str:
         wrapper: Any = model
     else:
         wrapper = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    make: Any = torch.optim.Adafactor if change == "adafactor" else torch.optim.SGD
+    optimizer = make(model.parameters(), lr=0.1)
     declared = 1.0 if change in ("never clipped", "other norm") else None
     mine = dataset.ids[dist.get_rank() :: 2][:2]
     batch = collate(dataset.by_id(mine), dataset.pad_token_id)
@@ -511,6 +525,9 @@ def refusal(folder: Path, change: str) -> str:
             with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
                 loss = wrapper(**batch).loss
             (loss * (float("nan") if change == "nan" else 1.0)).backward()
+            if change == "clamped" and dist.get_rank() == 1:  # what one rank alone sees is an error on all
+                with torch.no_grad():
+                    next(model.parameters()).clamp_(-0.01, 0.01)
             if change == "clipped":
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if change == "other norm":
@@ -518,6 +535,7 @@ def refusal(folder: Path, change: str) -> str:
             if change == "a part":
                 torch.nn.utils.clip_grad_norm_(list(model.parameters())[1:], 1.0)
             optimizer.step(lambda: loss) if change == "closure" else optimizer.step()
+            assert change != "adafactor", "its state is found at the first step, not at the next snapshot"
     except LmcError as error:
         return str(error)
     return ""
@@ -533,6 +551,8 @@ REFUSED = {
     "other norm": "other norms cannot be logged",
     "a part": "a part of the gradients was clipped on its own",
     "closure": "runs its passes inside the step",
+    "clamped": "step 0: the weights were changed outside the optimizer",
+    "adafactor": "Adafactor keeps 'row_var' of shape",
 }
 
 

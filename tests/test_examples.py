@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPO
 from test_commands import run
+from torch.distributed.run import get_args_parser
 
 from lmc_dist.config import Config, DataConfig
 from lmc_dist.errors import LmcError
@@ -31,6 +33,16 @@ def test_samples_of_the_log_are_for_unlearning_alone(tmp_path: Path) -> None:
         build_dataset(config)
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPO / "examples").glob("*.py")))
+def test_torchrun_leaves_the_options_of_an_example_alone(script: str) -> None:
+    """It looks for abbreviations of its own options behind the script's name as well: `--log` is one of three."""
+    options = re.findall(r'add_argument\("(--\w+)"', (REPO / "examples" / script).read_text())
+    assert options
+    for option in options:
+        found = get_args_parser().parse_args(["--standalone", script, option, "1"])
+        assert found.training_script_args == [option, "1"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_trainer_by_accelerate_launch_with_deepspeed(tmp_path: Path) -> None:
@@ -40,7 +52,7 @@ def test_trainer_by_accelerate_launch_with_deepspeed(tmp_path: Path) -> None:
     launch = ["accelerate", "launch", "--config_file", "configs/accelerate_zero3.yaml"]
     script = ["examples/trainer.py", "--model", f"{example}/base", "--data", f"{example}/data.jsonl"]
     port = ["--main_process_port", str(free_port())]
-    run([*launch, *port, *script, "--log", f"{example}/log", "--output", f"{example}/model"], timeout=1500)
+    run([*launch, *port, *script, "--log_dir", f"{example}/log", "--output", f"{example}/model"], timeout=1500)
     log = TrajectoryLog(example / "log")
     assert (log.manifest.engine, log.manifest.world_size, log.manifest.max_grad_norm) == ("deepspeed-zero3", 2, 1.0)
     assert log.num_steps == 8  # 64 samples, 2 ranks x 8 samples, 2 epochs
@@ -61,7 +73,7 @@ def test_trl(tmp_path: Path) -> None:
     example = tmp_path / "example"
     run(["python", "examples/base.py", "--output", str(example)])
     script = ["python", "examples/trl_sft.py", "--model", f"{example}/base", "--data", f"{example}/data.jsonl"]
-    run([*script, "--log", f"{example}/log"])
+    run([*script, "--log_dir", f"{example}/log"])
     log = TrajectoryLog(example / "log")
     assert log.num_steps == 16 and all(record.loss is not None for record in log.records())
     settings = ["--data.source", "log", "--model.path", f"{example}/base", "--log_dir", f"{example}/log"]

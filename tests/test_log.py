@@ -231,3 +231,60 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, message: str) -> No
 
     with pytest.raises(LmcError, match=message):
         TrainingLogger(tmp_path, **BAD_SETTINGS[message])  # type: ignore[arg-type]
+
+
+# --- what reaches the model ----------------------------------------------------------------------------------------
+
+ROWS = {name: torch.ones(2, 5, dtype=torch.int64) for name in ("input_ids", "labels")}
+BAD_INDEX: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {
+    "a batch has 2 sample ids and 1 rows: .* Turn packing off": ([3, 4], {name: t[:1] for name, t in ROWS.items()}),
+    "a batch has 3 sample ids and 2 rows": (torch.tensor([3, 4, 5]), {"labels": ROWS["labels"]}),
+    "row 1 of a batch has -1 as `index`, .* and has targets": (torch.tensor([0, -1]), ROWS),
+    "holds the sample id -2: sample ids are integers ≥ 0": (torch.tensor([0, -2]), ROWS),
+    "holds float32: sample ids are integers ≥ 0": (torch.tensor([0.0, 1.5]), ROWS),
+    "holds .'a', 'b'.: sample ids are integers ≥ 0": (["a", "b"], ROWS),
+}
+
+
+@pytest.mark.parametrize("message", BAD_INDEX)
+def test_ids_that_do_not_name_the_rows_are_refused(message: str) -> None:
+    from lmc_dist.trajectory.index import read_index
+
+    with pytest.raises(LmcError, match=message):
+        read_index(*BAD_INDEX[message])
+
+
+def test_ids_name_the_rows() -> None:
+    from lmc_dist.trajectory.batches import blank_rows
+    from lmc_dist.trajectory.index import read_index
+
+    assert read_index(torch.tensor([[7], [0]]), ROWS) == read_index([7, 0], ROWS) == [7, 0]
+    assert read_index(torch.tensor([7, -1]), blank_rows(ROWS, [1])) == [7, -1]
+    assert read_index(None, ROWS) == []  # registered by hand
+
+
+def test_an_auxiliary_loss_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    from lmc_dist import TrainingLogger
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(
+        vocab_size=16, num_key_value_heads=2, num_local_experts=2, output_router_logits=True, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    logger = TrainingLogger(tmp_path / "log")
+    with pytest.raises(LmcError, match=r"set model\.config\.output_router_logits = False before training"):
+        logger.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not (tmp_path / "log").exists()
+
+
+def test_bit_sum_sees_a_change_of_one_bit() -> None:
+    from lmc_dist.shards.checksum import bit_sum
+
+    for dtype in (torch.float32, torch.float64):
+        tensors = [torch.randn(1000, dtype=dtype), torch.randn(0, dtype=dtype)]
+        before = bit_sum(tensors)
+        assert before == bit_sum([torch.cat([*tensors, torch.zeros(3, dtype=dtype)])])
+        tensors[0][17] = torch.nextafter(tensors[0][17], torch.tensor(9.0, dtype=dtype))
+        assert bit_sum(tensors) != before and bit_sum([]) == 0

@@ -32,6 +32,7 @@ from lmc_dist.trajectory.reshard import reshard
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.trajectory.table import StepTable
 from lmc_dist.trajectory.verify import Verification, verify
+from lmc_dist.trajectory.writer import drop_before
 
 BIN = Path(sys.executable).parent
 # Name → settings of its log; 2 ranks, 8 steps, snapshots 0, 3, 6, 8.
@@ -509,6 +510,22 @@ def test_prune_snapshots_and_batch_data(copy: Callable[[str], Path]) -> None:
     lock.release()
 
 
+def test_a_ring_with_its_first_snapshot_stays_open_to_corrections(copy: Callable[[str], Path]) -> None:
+    path = copy("update")
+    table = StepTable(path)
+    drop_before(path, table, 3, keeps_first=True)  # as `log.keep_first` leaves it
+    table.close()
+    for snapshots in ([0, 3, 6, 8], [0, 3, 8]):
+        log = TrajectoryLog(path)
+        assert log.snapshots == snapshots
+        log.require(3)  # or there is no correction
+        text = inspect_log(Config(log_dir=str(path)))
+        assert "forget      steps 3–7 by correction or replay\nforget      steps 0–2 by replay\n" in text
+        assert "no correction" not in text and verify(path).problems == []
+        if snapshots[2] == 6:
+            assert prune(path, snapshots_every=100).snapshots == [6]
+
+
 class Cut(Exception):
     """The process died here."""
 
@@ -595,6 +612,7 @@ def test_doctor_says_what_is_wrong_and_what_to_do(logs: dict[str, Config], copy:
     changed = replace(update, model=replace(update.model, vocab_size=280))
     checks, _ = diagnose(changed)
     assert checks["dataset"][0] == checks["denominators"][0] == checks["batches"][0] == checks["model"][0] == "failed"
+    assert "vocab_size is 280, the log's 300" in checks["model"][1]
     assert "fingerprint" in checks["dataset"][1] and "was divided by" in checks["denominators"][1]
     text, status = examine(changed, this_runtime_alone())
     assert status == 1 and "what to do" in text
@@ -617,6 +635,24 @@ def test_doctor_says_what_is_wrong_and_what_to_do(logs: dict[str, Config], copy:
     damage_row(path)
     checks, _ = diagnose(pruned)
     assert checks["contents"][0] == checks["log"][0] == "failed"
+
+
+def test_a_model_that_is_not_the_logged_one_is_told_by_what_differs(logs: dict[str, Config]) -> None:
+    from lmc_dist.logged_run import logged_skeleton, other_model
+    from lmc_dist.training import build_config, build_tokenizer
+
+    config = logs["update"]
+    log = TrajectoryLog(config.log_dir)
+    model_config = build_config(config.model, build_tokenizer(config))
+    skeleton = logged_skeleton(config, model_config, log, "cpu")
+    assert other_model(log.manifest, skeleton) is None
+    fewer = replace(config, model=replace(config.model, trainable="norm"))
+    found, _ = other_model(log.manifest, logged_skeleton(fewer, model_config, log, "cpu")) or ("", "")
+    assert "is trained in the log alone (model.trainable)" in found
+    row = {"name": "base_model.model.q_proj.lora_A.default.weight", "shape": [2, 4], "tied_to": []}
+    adapters = replace(log.manifest, model_fingerprint="x", parameters=[row])
+    found, advice = other_model(adapters, skeleton) or ("", "")
+    assert "the log is of adapters" in found and "lora_A" in found and "run_lmcleaner_sample_unlearning" in advice
 
 
 def doctor_job(config: Config) -> str:

@@ -101,7 +101,7 @@ def test_a_newcomer_in_an_empty_environment(built: tuple[Path, Path], tmp_path: 
     assert "failed" not in run("lmc", "doctor", "runs/example")
     for command in (
         "python examples/base.py --output runs/example",
-        "python examples/trainer.py --model runs/example/base --data runs/example/data.jsonl --log runs/example/log",
+        "python examples/trainer.py --model runs/example/base --data runs/example/data.jsonl --log_dir runs/example/log",
         "lmc plan unlearn runs/example/log {request} --plan_unlearn.calibrate 2",
         "lmc unlearn {request} --unlearn.replay_head all --reference replay --output_dir runs/example/unlearned",
         "lmc report runs/example/unlearned --output runs/example/report",

@@ -13,7 +13,8 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,22 +27,28 @@ from test_online import online_config, train_with_requests
 from test_zero3 import GPT2, LLAMA, build_for_replay, this_runtime, train_job
 
 from lmc_dist import TrainingLogger
-from lmc_dist.audit.digests import write_salt
+from lmc_dist.audit.chain import AuditChain
+from lmc_dist.audit.digests import salt_at, write_salt
+from lmc_dist.audit.hidden import hidden, is_hidden
 from lmc_dist.config import Config, ForgetConfig, LogConfig, OnlineConfig, RewriteConfig
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.inspect import inspect_log
+from lmc_dist.online.ledger import CHAIN_FILE, Ledger
 from lmc_dist.online.verify import verify_books
 from lmc_dist.runtime import Runtime
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.edits import LogEdit
 from lmc_dist.trajectory.files import ledger_folder
 from lmc_dist.trajectory.lock import LogLock
-from lmc_dist.trajectory.record import MicroRecord
+from lmc_dist.trajectory.record import MicroRecord, TrajectoryManifest
 from lmc_dist.trajectory.replay import replay, replay_engine
 from lmc_dist.trajectory.rewrite import Rewritten, remove, rewrite
 from lmc_dist.trajectory.rewrite_logger import without_samples
+from lmc_dist.trajectory.rewrite_plan import check_companions
+from lmc_dist.trajectory.rewritten import salt_file
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.trajectory.table import TABLE_FILE, decode_tokens, encode_tokens
 from lmc_dist.trajectory.verify import verify
@@ -414,6 +421,115 @@ def test_corrections_made_in_training_go_where_a_replay_passes_them(ranks: Any, 
     assert found["all"]["content"] == reference
     for each in found.values():
         assert each["problems"] == [] and each["books"] == []
+
+
+def idle_step_job(config: Config) -> dict[str, Any]:
+    """Step 1 is not applied, and a correction comes after it; then what it held is taken out of the log. Collective."""
+    from lmc_dist.training import Schedule, Trainer, build_dataset
+
+    dataset = build_dataset(config)[0]
+    steps = [ids for _, _, ids in Schedule(dataset.ids, 7, 2, config.train.max_steps, config.train.seed)]
+    only = next(i for i in steps[1] if i not in steps[4] + steps[5])  # in no other step
+    again = next(i for i in steps[1] if i in steps[5] and i not in steps[4])  # and in one after the correction
+    trainer = Trainer(config, this_runtime())
+    take_step = trainer.shards.step
+
+    def step() -> bool:
+        if trainer.logger.step != 1:
+            return take_step()
+        trainer.shards.clear_gradients()  # as a GradScaler leaves out an overflow
+        trainer.logger.skip_step()
+        return True
+
+    def ask(step: int) -> None:
+        if step == 4:
+            Ledger(ledger_folder(config.log_dir)).submit(steps[0][:1])
+
+    trainer.shards.step = step  # type: ignore[method-assign]
+    trainer.logger.boundaries.append(ask)
+    trainer.run()
+    found: dict[str, Any] = {}
+    for name, sample in (("only", only), ("again", again)):
+        log, request = TrajectoryLog(config.log_dir), Counterfactual("renormalize", frozenset({sample}))
+        engine = replay_engine(build_for_replay(config), log)
+        wanted = replay(engine, log, DatasetBatches(dataset), request)
+        before, done = log.theta(log.num_steps), replayed(config, request)
+        new = TrajectoryLog(config.log_dir)
+        found[name] = {
+            "as replay": checksum(new.theta(new.num_steps)) == checksum(wanted.theta),
+            "changed": checksum(before) != checksum(wanted.theta),
+            "first": (done.plan.touched, done.plan.first, sorted(new.edits)),
+            "gone": sample not in ids_in(config.log_dir),
+            "applied": [record.applied for record in new.records()],
+            "problems": [p.message for p in verify(config.log_dir).problems],
+        }
+    return found
+
+
+def test_a_correction_stays_behind_a_step_that_was_not_applied(ranks: Any, tmp_path: Path) -> None:
+    """What such a step held is taken out of its record; only applied steps decide which corrections are passed."""
+    config = online_config(tmp_path, "single", {"replay_head": "all"}, max_steps=6)
+    found = ranks(1).run(idle_step_job, replace(config, log=LogConfig("update", 2)))[0]
+    same = {"as replay": True, "gone": True, "applied": [True, False, True, True, True, True], "problems": []}
+    assert found["only"] == {**same, "changed": False, "first": ((1,), 6, [4])}
+    assert found["again"] == {**same, "changed": True, "first": ((1, 5), 5, [4])}
+
+
+def removed_past_corrections_job(config: Config) -> dict[str, Any]:
+    """Training forgets a sample and a batch; its log is cut off before both, twice, and trained to its end again. Collective."""
+    from lmc_dist.training import Schedule, build_dataset
+
+    dataset = build_dataset(config)[0]
+    steps = [ids for _, _, ids in Schedule(dataset.ids, 7, 2, config.train.max_steps, config.train.seed)]
+    x, a, b = steps[2][0], steps[3][0], steps[0][0]
+    train_with_requests(config, {6: [{"sample_ids": [a]}, {"batches": [4]}]})
+    log = TrajectoryLog(config.log_dir)
+    everything = Counterfactual("renormalize", frozenset({x, a, b}), frozenset({1, 4}))
+    wanted = replay(replay_engine(build_for_replay(config), log), log, DatasetBatches(dataset), everything)
+    found: dict[str, Any] = {"told": []}
+    for request in (Counterfactual("renormalize", frozenset({x})), Counterfactual("skip", batch_ids=frozenset({1}))):
+        remove(config.log_dir, request, salt_at(salt_file(config.log_dir)))
+    found["books"] = verify_books(config.log_dir, ledger_folder(config.log_dir))[0]
+    for forget in (ForgetConfig(), ForgetConfig(samples=str(x)), ForgetConfig(samples=f"{x},{b}", batches="1")):
+        with pytest.raises(LmcError) as caught:
+            train_job(replace(config, forget=forget, resume=True))
+        found["told"].append(str(caught.value))
+    again = replace(config, forget=ForgetConfig(samples=str(x), batches="1"), resume=True)
+    trained = train_with_requests(again, {6: [{"sample_ids": [b]}]})  # at the step of the corrections that went
+    new = TrajectoryLog(config.log_dir)
+    return found | {
+        "end": trained["checksum"] == checksum(wanted.theta),
+        "requests": [request[:2] for request in trained["requests"]],
+        "edits": sorted(new.edits),
+        "idle": [record.step for record in new.records() if not record.applied],
+        "gone": {x, a}.isdisjoint(ids_in(config.log_dir)),
+        "books again": verify_books(config.log_dir, ledger_folder(config.log_dir))[0],
+        "audit": [record["event"] for record in AuditChain(ledger_folder(config.log_dir) / CHAIN_FILE).records()],
+    }
+
+
+def test_a_log_that_was_cut_off_past_corrections_is_trained_anew(ranks: Any, tmp_path: Path) -> None:
+    """Only what the calls were asked for is given again: what the ledger alone knows is found by its digests."""
+    config = online_config(tmp_path, "single", {"replay_head": "all"}, max_steps=8)
+    found = ranks(1).run(removed_past_corrections_job, replace(config, log=LogConfig("update", 2)))[0]
+    assert found["books"] == found["books again"] == []
+    assert all("was rewritten without 2 samples or batches" in told for told in found["told"])
+    assert found["requests"] == [("applied", 6)] * 3 and found["audit"] == ["applied"] * 3
+    assert found["edits"] == [6] and found["idle"] == [1, 4] and found["gone"] and found["end"]
+
+
+def test_a_hidden_split_is_known_for_one() -> None:
+    """Or a run that was resumed with forget.split could not be resumed once more."""
+    forget = asdict(ForgetConfig(split="person-1"))
+    assert not is_hidden(forget) and is_hidden(hidden(forget, "rewritten", with_split=True))
+
+
+def test_companions_to_come_keep_a_log_from_being_cut_off() -> None:
+    manifest = cast(TrajectoryManifest, SimpleNamespace(run={"config": {"online": {"relearn_per_step": 2}}}))
+    edit = LogEdit(6, Counterfactual("skip", batch_ids=frozenset({2})), "replay", relearn=(4, 9))
+    check_companions(manifest, [replace(edit, relearn=())])
+    with pytest.raises(LmcError, match=r"step 6 took back whole batches, whose 2 other samples .* use --how replay"):
+        check_companions(manifest, [edit])
 
 
 # --- refused, or only told ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp, vjp, vmap
 
 from lmc_dist.errors import LmcError
+from lmc_dist.export import export_model
 from lmc_dist.shards.checksum import checksum, format_checksum, local_checksum
 from lmc_dist.shards.gather import all_gather, reduce_scatter, unpack
 from lmc_dist.shards.layout import ParamSpec, ShardLayout, group_rank
@@ -134,3 +136,36 @@ def test_skeleton_holds_no_parameter_values() -> None:
         assert not any(b.is_meta for b in skeleton.buffers())
     with pytest.raises(LmcError, match="trainable parameters are not those of the layout"):
         ShardedModule(skeleton, ShardLayout(SPECS))
+
+
+@pytest.mark.parametrize("kind", ["neox", "mixtral"])
+def test_checkpoints_of_models_that_transformers_renames(tmp_path: Path, kind: str) -> None:
+    """They have the module's names, load to the same weights, and are rewritten as docs/limits.md says."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig
+
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 11,
+    }
+    experts = {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = GPTNeoXConfig(**shape) if kind == "neox" else MixtralConfig(**shape, **experts)
+    model = AutoModelForCausalLM.from_config(config)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    theta = ShardedVector.from_full(ShardLayout.of_module(model), weights.__getitem__)
+    export_model(tmp_path / "ours", theta, {name: torch.float32 for name in weights}, model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(p, weights[name]) for name, p in loaded.named_parameters())
+    again = AutoModelForCausalLM.from_config(loaded.config)
+    again.load_state_dict(loaded.state_dict())
+    again.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "published")
+
+    def names(folder: str) -> set[str]:
+        with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
+            return set(file.keys())
+
+    assert names("ours") == set(weights) and names("again") == names("published") != names("ours")

@@ -356,6 +356,16 @@ def test_optimizers_are_followed_from_gradients_and_snapshots(ranks: Any) -> Non
     ranks(2).run(check_logs)
 
 
+class Shifted:
+    """Other data under the same ids."""
+
+    def __init__(self, batches: BatchSource) -> None:
+        self.batches, self.num_targets, self.unknown = batches, batches.num_targets, batches.unknown
+
+    def inputs(self, ids: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return self.batches.inputs([i - 1 for i in ids])
+
+
 def check_what_does_not_fit() -> None:
     """Each step is compared with the logged one."""
     run = linear_run("momentum", keeps="gradient")
@@ -374,6 +384,12 @@ def check_what_does_not_fit() -> None:
         ) as e:
             correct(run, log, request, config)
         assert "gradient has norm" in str(e.value) and "replay_head=all" in str(e.value)
+    # a gradient that is not training's, by its norm: no advice that would hide it
+    run = adamw_run()
+    log = train(run).log
+    with pytest.raises(LmcError, match=r"step \d.*its gradient has norm .*, the logged one .* is not training's") as e:
+        correct(replace(run, batches=Shifted(run.batches)), log, request, HVPConfig("GGN"))
+    assert "lmc log doctor" in str(e.value) and "replay_head" not in str(e.value) and "storage" not in str(e.value)
 
 
 def test_steps_that_the_rule_does_not_give_are_refused(ranks: Any) -> None:

@@ -473,5 +473,30 @@ def test_when_wandb_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         assert tracker.listeners == []
 
 
+def test_wandb_is_not_told_what_is_forgotten(tmp_path: Path) -> None:
+    """In a process of its own: wandb takes the command line from sys.argv, and writes it a moment after the start."""
+    pytest.importorskip("wandb", reason="pip install 'lmc_dist[wandb]'")
+    script = f"""if True:
+        import time
+        from lmc_dist.config import Config, ForgetConfig, SlurmConfig, WandbConfig
+        from lmc_dist.tracking import tracked
+        config = Config(
+            forget=ForgetConfig(samples="987654"),
+            slurm=SlurmConfig(arguments="--forget.samples 987654"),
+            wandb=WandbConfig(project="tests", mode="offline"),
+        )
+        with tracked(config, True, {str(tmp_path)!r}) as tracker:
+            time.sleep(3)
+            tracker.summary({{"rel_error": 0.25}})
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    subprocess.run(
+        [sys.executable, "-c", script, "--forget.samples", "987654"], env=environment, check=True, timeout=300
+    )
+    (told,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"rel_error" in told.read_bytes()
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and b"987654" in path.read_bytes()] == []
+
+
 def test_figures_are_flat() -> None:
     assert tracking.flat({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pool import Pool
 from test_zero3 import GPT2, small_config
 
 from lmc_dist.errors import LmcError
+from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.store import TrajectoryLog
 
 DEEPSPEED = {
@@ -174,3 +176,139 @@ def test_trainer_that_ignores_the_launcher_is_stopped(tmp_path: Path) -> None:
     finally:
         pool.close()
     assert not (tmp_path / "log").exists()
+
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def single_trainer(
+    folder: Path, logger: dict[str, Any], dies_at: int | None = None, loss: str = "", **arguments: Any
+) -> Any:
+    """A Trainer of eight steps in this process, its log in `folder`; `loss` is a way to compute it elsewhere."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from lmc_dist import TrainingLogger, TrainingLoggerCallback
+    from lmc_dist.data import Collator
+    from lmc_dist.training import build_config, build_dataset, build_model
+
+    class Death(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == dies_at:
+                raise Killed
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits[:, :-1]
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    config = small_config(folder, GPT2)
+    dataset, tokenizer = build_dataset(config)
+    settings = {
+        "output_dir": str(folder / "hf"),
+        "per_device_train_batch_size": 3,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine",
+        "remove_unused_columns": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return (OwnLoss if loss == "own" else Trainer)(
+        model=build_model(config.model, build_config(config.model, tokenizer), seed=0),
+        args=TrainingArguments(**{**settings, **arguments}),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=Collator(dataset.pad_token_id),
+        callbacks=[TrainingLoggerCallback(TrainingLogger(folder / "log", **logger)), Death()],
+        compute_loss_func=(lambda outputs, labels, **_: outputs.logits.sum()) if loss == "func" else None,
+    )
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    r"label_smoothing_factor=0\.1.: only the model's own token cross entropy": {"label_smoothing_factor": 0.1},
+    r"the Trainer computes the loss itself .compute_loss_func.": {"loss": "func"},
+    r"neftune_noise_alpha=5\.0 adds noise": {"neftune_noise_alpha": 5.0},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_log_would_not_hold_is_refused_before_training(tmp_path: Path, message: str) -> None:
+    with pytest.raises(LmcError, match=message):
+        single_trainer(tmp_path, {}, **REFUSED[message]).train()
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("save_batch_data", [False, True])
+def test_a_loss_that_the_model_does_not_compute_is_refused(tmp_path: Path, save_batch_data: bool) -> None:
+    trainer = single_trainer(tmp_path, {"save_batch_data": save_batch_data}, loss="own")
+    with pytest.raises(
+        LmcError, match="no `labels` reach the model, so the loss is not computed by the model"
+    ) as caught:
+        trainer.train()
+    assert "given" not in str(caught.value)
+
+
+def test_the_best_checkpoint_is_not_taken_for_the_end(tmp_path: Path, caplog: Any) -> None:
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
+    best |= {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    trainer = single_trainer(tmp_path, {"save_interval": None}, **best)
+    trainer.train()
+    assert trainer.state.best_global_step == 3  # the highest loss
+    log = TrajectoryLog(tmp_path / "log")
+    assert log.num_steps == 8 and log.snapshots == [0, 3, 6, 8]
+    assert checksum(log.theta(8)) == log.record(7).checksum != log.record(2).checksum
+    first, last = (record.getMessage() for record in caplog.records if record.name == "lmc_dist")
+    assert first.startswith("load_best_model_at_end: what is deployed is the best checkpoint")
+    assert f"the best checkpoint {trainer.state.best_model_checkpoint}, not the end" in last and "step 8" in last
+
+
+def test_a_trainer_that_was_killed_goes_on_with_its_log(tmp_path: Path, caplog: Any) -> None:
+    from lmc_dist.unlearn.run import warn_of_unfinished
+
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    single_trainer(tmp_path / "whole", {"save_interval": 3}, **saving).train()
+    whole = TrajectoryLog(tmp_path / "whole" / "log")
+    warn_of_unfinished(whole)
+    assert "no snapshot of its end" not in caplog.text
+
+    killed = single_trainer(tmp_path, {"save_interval": 3}, dies_at=7, **saving)
+    with pytest.raises(Killed):
+        killed.train()
+    for callback in killed.callback_handler.callbacks:
+        if hasattr(callback, "logger"):
+            callback.logger.flush()
+            callback.logger.detach()
+    log = TrajectoryLog(tmp_path / "log")
+    assert (log.num_steps, log.snapshots) == (7, [0, 3, 4, 6])
+    warn_of_unfinished(log)
+    assert "no snapshot of its end, step 7" in caplog.text
+
+    checkpoint = str(tmp_path / "hf" / "checkpoint-4")
+    with pytest.raises(LmcError, match=r"goes on at step 4 .resume_from_checkpoint., the log would begin at step 0"):
+        single_trainer(tmp_path, {"save_interval": 3}, **saving).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(LmcError, match=r"begins at step 0, the log in .* goes on at step 6: .* .0, 3, 4, 6."):
+        single_trainer(tmp_path, {"save_interval": 3, "resume": True}, **saving).train()
+    state = tmp_path / "hf" / "checkpoint-4" / "trainer_state.json"
+    kept = state.read_text()
+    state.write_text(kept.replace('"global_step": 4', '"global_step": 5'))
+    with pytest.raises(
+        LmcError, match=r"goes on at step 5, and the log in .* has no snapshot of it .there are 0, 3, 4, 6."
+    ):
+        single_trainer(tmp_path, {"save_interval": 3, "resume": True}, **saving).train(
+            resume_from_checkpoint=checkpoint
+        )
+    state.write_text(kept)
+    assert TrajectoryLog(tmp_path / "log").num_steps == 7  # none of them has touched it
+
+    single_trainer(tmp_path, {"save_interval": 3, "resume": True}, **saving).train(resume_from_checkpoint=checkpoint)
+    log = TrajectoryLog(tmp_path / "log")
+    facts = [[(r.sample_ids, r.lr, r.checksum) for r in each.records()] for each in (log, whole)]
+    assert len(facts[0]) == 8 and facts[0] == facts[1]  # to the bit

@@ -30,7 +30,7 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.difference import exact_update
 from lmc_dist.trajectory.files import header_digest, write_shard_file
 from lmc_dist.trajectory.kept import curvature_folder
-from lmc_dist.trajectory.manifest import write_manifest
+from lmc_dist.trajectory.manifest import logged_attention, write_manifest
 from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.replay import logged_optimizer, logged_settings
 from lmc_dist.trajectory.resume import resume
@@ -504,4 +504,7 @@ def test_names_and_settings_are_not_taken_from_a_log_as_they_are(tmp_path: Path)
         logged_settings(found)
     with pytest.raises(LmcError, match="param_dtype is hub"):
         logged_settings(replace(found, engine="fsdp2", run={"engine": {"param_dtype": "hub"}}))
+    kernels = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "sdpa", "somebody/kernel": "sdpa"}
+    for kernel, used in (*kernels.items(), (["eager"], "sdpa"), (None, "sdpa")):
+        assert logged_attention(plain_manifest(run={"attention": kernel})) == used
     assert part_folder(tmp_path / "step-1").parent == tmp_path

@@ -60,7 +60,7 @@ def read_on_shards(found: ModelFolder, device: torch.device | str = "cpu") -> tu
     Raises:
         LmcError: The files lack a parameter of the model, or have it in another shape.
     """
-    skeleton = build_skeleton(found.config, device)
+    skeleton = build_skeleton(found.config, device, attn_implementation=None)
     layout = ShardLayout.of_module(skeleton)
     try:
         check_shapes(found.path, layout)

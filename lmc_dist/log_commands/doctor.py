@@ -9,10 +9,9 @@ from lmc_dist.config import Config
 from lmc_dist.data import SampleDataset
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import check_target, spans, table, write_findings
+from lmc_dist.logged_run import logged_skeleton, other_model
 from lmc_dist.runtime import Runtime, agreement, broadcast_object
-from lmc_dist.shards.fingerprint import model_fingerprint
-from lmc_dist.shards.module import build_skeleton
-from lmc_dist.training import DROPOUT_NAMES, build_config, build_dataset, freeze, read_request
+from lmc_dist.training import DROPOUT_NAMES, build_config, build_dataset, read_request
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.contents import read_contents
 from lmc_dist.trajectory.store import TrajectoryLog
@@ -144,14 +143,11 @@ def _fingerprint(log: TrajectoryLog, dataset: SampleDataset, source: str) -> Che
 
 def _model(config: Config, log: TrajectoryLog, tokenizer: Any) -> Check:
     model_config = build_config(config.model, tokenizer)
-    skeleton = build_skeleton(model_config, "cpu", config.model.attn_implementation)
-    freeze(skeleton, config.model.trainable)
-    logged, found = log.manifest.model_fingerprint, model_fingerprint(skeleton)
-    if found != logged:
-        kinds = f"{model_config.model_type} against {log.manifest.model_config.get('model_type')}"
-        text = f"not the logged one: fingerprint {found[:12]} against {logged[:12]} ({kinds})"
-        return Check("model", "failed", text, "give model.path or model.config of training")
-    return Check("model", "ok", f"the logged one, {model_config.model_type} (fingerprint {logged[:12]})")
+    skeleton = logged_skeleton(config, model_config, log, "cpu")
+    if (other := other_model(log.manifest, skeleton)) is not None:
+        return Check("model", "failed", *other)
+    found = f"the logged one, {model_config.model_type} (fingerprint {log.manifest.model_fingerprint[:12]})"
+    return Check("model", "ok", found)
 
 
 def diagnosis_text(checks: list[Check], request: Outlook | None) -> str:

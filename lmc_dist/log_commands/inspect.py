@@ -116,13 +116,14 @@ def _forget(contents: LogContents, manifest: TrajectoryManifest) -> dict[str, An
     first = min(contents.snapshots, default=contents.num_steps)
     reason = None
     kind = next((k for k in ("theta", "update") if k in TIERS[manifest.storage]), None)
-    later = [contents.records[s] for s in range(first, contents.num_steps) if s in contents.records]
+    whole, last = contents.unbroken_from(), contents.num_steps
+    start = min((n for n in contents.snapshots if n >= whole), default=last)
     if not contents.snapshots:
         reason = "the log holds no snapshot"
     elif kind is None:
         reason = "storage 'replay' keeps no updates"
-    elif lacking := [r.step for r in later if r.applied and kind not in contents.digests.get(r.step, {})]:
-        reason = f"the {kind} of step {lacking[0]} is not there"
+    elif start == last > first:
+        reason = f"the {kind} of step {whole - 1} is not there"
     else:
         try:
             check_supported(manifest.optimizer)
@@ -132,6 +133,7 @@ def _forget(contents: LogContents, manifest: TrajectoryManifest) -> dict[str, An
         "first_step": first,
         "replay": bool(contents.snapshots),
         "correction": reason is None,
+        "first_correction": start if reason is None else None,
         "why_no_correction": reason,
         "gone": sorted({i for s, r in contents.records.items() if s < first and r.applied for i in r.sample_ids}),
     }
@@ -263,8 +265,10 @@ def _forget_lines(forget: dict[str, Any], num_steps: int) -> list[str]:
     first, last = forget["first_step"], num_steps - 1
     if not forget["replay"]:
         return [f"forget      nothing: {forget['why_no_correction']}"]
-    ways = "correction or replay" if forget["correction"] else "replay"
-    lines = [f"forget      steps {first}–{last} by {ways}"]
+    start = forget["first_correction"]
+    lines = [] if start is None else [f"forget      steps {start}–{last} by correction or replay"]
+    if start != first:  # θ_0 that a ring has kept
+        lines.append(f"forget      steps {first}–{last if start is None else start - 1} by replay")
     if not forget["correction"]:
         lines.append(f"            no correction: {forget['why_no_correction']}")
     if first > 0:

@@ -139,6 +139,7 @@ def meta_model(config: Config) -> torch.nn.Module:
     """The configured model on the meta device, without a tokenizer where its config names the vocabulary. Local."""
     from transformers import AutoModelForCausalLM
 
+    from lmc_dist.shards.module import attention_refused
     from lmc_dist.training import build_config, build_tokenizer, freeze
 
     tokenizer: Any = None
@@ -146,7 +147,9 @@ def meta_model(config: Config) -> torch.nn.Module:
         tokenizer = _NoTokenizer(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model_config = build_config(config.model, build_tokenizer(config) if tokenizer is None else tokenizer)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=config.model.attn_implementation)
+        attention = config.model.attn_implementation or "sdpa"  # there is no log
+        with attention_refused():
+            model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
     freeze(model, config.model.trainable)
     return model
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lmc_dist.audit.digests import salt_at
+from lmc_dist.audit.digests import read_salt
 from lmc_dist.config import Config
 from lmc_dist.console import StepProgress
 from lmc_dist.errors import LmcError
 from lmc_dist.log_commands.text import check_target, count, size, spans, table, write_findings
 from lmc_dist.logged_run import LoggedRun, open_logged_run, starting_model
+from lmc_dist.online.ledger import ledger_salt
 from lmc_dist.runtime import Runtime, agreement, broadcast_object
 from lmc_dist.training import build_dataset, read_request
 from lmc_dist.trajectory.contents import folder_bytes
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.files import ledger_folder
 from lmc_dist.trajectory.manifest import read_manifest
 from lmc_dist.trajectory.replay import replay_engine
 from lmc_dist.trajectory.rewrite import Rewritten, dry_run, held, remove, rewrite
@@ -64,7 +66,7 @@ def rewrite_log(config: Config, runtime: Runtime) -> str:
             write_findings(config.json, findings(config, log, plan, None))
         return rewrite_text(log, plan, None, size_before, None)
     with agreement():
-        salt = salt_at(salt_file(path)) if runtime.is_main else b""
+        salt = ledger_salt(ledger_folder(path)) if runtime.is_main else b""
     salt = bytes(broadcast_object(salt))
     if opened is None:
         done = remove(path, request, salt)
@@ -84,7 +86,7 @@ def _is_done(path: Path, request: Counterfactual, runtime: Runtime) -> bool:
     done = False
     with agreement():
         if runtime.is_main and rewritings(manifest := read_manifest(path)) and salt_file(path).exists():
-            done = is_without(manifest, request, salt_at(salt_file(path)))
+            done = is_without(manifest, request, read_salt(salt_file(path)))
     return bool(broadcast_object(done))
 
 

@@ -16,6 +16,7 @@ from lmc_dist.trajectory.contents import folder_bytes
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedMicro, edit_step
 from lmc_dist.trajectory.files import step_folder
 from lmc_dist.trajectory.record import Segment
+from lmc_dist.trajectory.replay import check_ranks
 from lmc_dist.trajectory.snapshots import snapshot_folder
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import check_update_rule
@@ -52,6 +53,7 @@ def log_facts(log: TrajectoryLog, model: ModelFacts, dataset: SampleDataset, fir
         no_sweep = str(error)
     try:
         log.require(first, updates=False)
+        check_ranks(log)
         name = manifest.optimizer["class"]
         no_replay = None if hasattr(torch.optim, name) else f"{name} is not torch's: call replay() on your own engine"
     except LmcError as error:

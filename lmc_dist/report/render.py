@@ -34,7 +34,7 @@ def report(config: Config) -> str:
     folder = Path(config.report.output)
     if folder.exists() and not folder.is_dir():
         raise LmcError(f"report.output: {folder} is a file; give the folder to put report.html into")
-    check_replaceable(folder, PAGE, config.overwrite)
+    check_replaceable(folder, PAGE, config.overwrite, is_kept=True)
     require_matplotlib()
     given = [part.strip() for part in config.report.runs.split(",") if part.strip()]
     sweeps = read_sweeps(place for place in given if is_sweep(place))

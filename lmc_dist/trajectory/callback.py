@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lmc_dist.errors import LmcError
 from lmc_dist.trajectory.logger import TrainingLogger
+
+logger = logging.getLogger("lmc_dist")
 
 
 class TrainingLoggerCallback(TrainerCallback):
@@ -23,7 +28,8 @@ class TrainingLoggerCallback(TrainerCallback):
         logger: The logger, or the log directory for one with default settings.
 
     Raises:
-        LmcError: When training begins: the Trainer's ranks are not the launcher's, or unsupported settings.
+        LmcError: When training begins: the Trainer's ranks are not the launcher's, unsupported settings, or a log that
+            does not go on where the Trainer does.
     """
 
     def __init__(self, logger: TrainingLogger | str) -> None:
@@ -33,21 +39,92 @@ class TrainingLoggerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_launch(args)
-        if args.remove_unused_columns:
-            raise LmcError("TrainingArguments needs remove_unused_columns=False, or the samples' ids are dropped")
+        check_arguments(args, find_trainer(self))
+        if args.load_best_model_at_end and args.should_log:
+            logger.warning(
+                "load_best_model_at_end: what is deployed is the best checkpoint, not the end of training, which is where "
+                "the log ends and what `lmc unlearn` makes forget: deploy the last checkpoint, or what `lmc unlearn` saves"
+            )
         if self.logger.max_grad_norm is None and not args.deepspeed:  # DeepSpeed clips as its own settings say
             self.logger.max_grad_norm = args.max_grad_norm or 0.0
-        self.logger.attach(kwargs["model"], kwargs["optimizer"])
+        check_beginning(self.logger, state.global_step)
+        self.logger.attach(kwargs["model"], kwargs["optimizer"], resume_at=state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.logger.epoch = float(state.epoch or 0.0)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.logger.save_to_disk()  # where the Trainer goes on from its checkpoint, the log can
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The Trainer's last word before it loads the best checkpoint, under DeepSpeed the optimizer's state included.
+        if args.load_best_model_at_end and "train_runtime" in kwargs["logs"]:
+            self.logger.save_to_disk()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.load_best_model_at_end and self.logger.has_moved() and args.should_log:
+            logger.warning(
+                "the model is now the best checkpoint%s, not the end of training: the log in %s ends at step %d, and "
+                "`lmc unlearn` starts there, not from this model",
+                f" {state.best_model_checkpoint}" if state.best_model_checkpoint else "",
+                self.logger.log_dir,
+                self.logger.step,
+            )
         self.logger.close()
+
+
+def find_trainer(callback: TrainerCallback) -> Any:
+    """The Trainer that a callback was given to, None where it is gone. Local.
+
+    Trainers do not name themselves to callbacks; the garbage collector knows them.
+    """
+    module = sys.modules.get("transformers.trainer")
+    if module is None:
+        return None
+    trainers = (o for o in gc.get_objects() if issubclass(type(o), module.Trainer))
+    return next((t for t in trainers if callback in getattr(vars(t).get("callback_handler"), "callbacks", ())), None)
+
+
+def check_arguments(args: TrainingArguments, trainer: Any = None) -> None:
+    """Checks that a Trainer's loss is the model's own and that the log will hold what it is computed from. Local.
+
+    Raises:
+        LmcError: Which setting is not supported, and why.
+    """
+    if args.remove_unused_columns:
+        raise LmcError("TrainingArguments needs remove_unused_columns=False, or the samples' ids are dropped")
+    refused = {
+        f"label_smoothing_factor={args.label_smoothing_factor}": args.label_smoothing_factor > 0,
+        "compute_loss_func": getattr(trainer, "compute_loss_func", None) is not None,
+    }
+    for name, is_given in refused.items():
+        if is_given:
+            raise LmcError(
+                f"the Trainer computes the loss itself ({name}): only the model's own token cross entropy can be logged, "
+                f"leave {name.partition('=')[0]} out"
+            )
+    if args.neftune_noise_alpha:
+        raise LmcError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise to the embeddings that the log does not hold: a replay "
+            "would compute another model, leave it out"
+        )
+
+
+def check_beginning(logger: TrainingLogger, step: int) -> None:
+    """Checks that the log of a Trainer that goes on at a step holds those before it. Local.
+
+    Raises:
+        LmcError: It begins anew.
+    """
+    if step > 0 and not logger.resume:
+        raise LmcError(
+            f"the Trainer goes on at step {step} (resume_from_checkpoint), the log would begin at step 0 and lack the samples "
+            "of the steps before: pass resume=True to TrainingLogger, with the log_dir of those steps"
+        )
 
 
 def check_launch(args: TrainingArguments) -> None:

@@ -18,7 +18,7 @@ from lmc_dist.trajectory.edits import EDIT_FILE, LogEdit, read_edits
 from lmc_dist.trajectory.files import MANIFEST_FILE, step_folder
 from lmc_dist.trajectory.lock import LOCK_FILE, STALE_SECONDS, heartbeat_age, is_dead, read_holder
 from lmc_dist.trajectory.manifest import read_manifest
-from lmc_dist.trajectory.record import StepRecord, TrajectoryManifest
+from lmc_dist.trajectory.record import TIERS, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.snapshots import snapshot_folder, snapshot_steps
 from lmc_dist.trajectory.store import missing_files
 from lmc_dist.trajectory.table import SCHEMA, TABLE_FILE, Digests, decode_digests, decode_row
@@ -111,6 +111,20 @@ class LogContents:
             elif problem := missing_files(self.path, step, self.digests.get(step)):
                 found[step] = problem
         return found
+
+    def unbroken_from(self) -> int:
+        """First step from which the log names the updates (in tier `full`, θ) of all steps to its end. Pure.
+
+        Corrections can start at the snapshots from there on; a ring that keeps θ_0 has earlier ones, for replay alone.
+        """
+        assert self.manifest is not None
+        kind = "theta" if "theta" in TIERS[self.manifest.storage] else "update"
+        step = self.num_steps
+        while record := self.records.get(step - 1):
+            if record.applied and kind not in self.digests.get(record.step, {}):
+                break
+            step = record.step
+        return step
 
     def leftovers(self) -> list[Path]:
         """Files and folders that nothing names: what an interrupted step, snapshot or deletion left behind."""

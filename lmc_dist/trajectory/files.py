@@ -18,6 +18,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from lmc_dist.errors import LmcError
+from lmc_dist.paths import named
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.trajectory.codec import Compression, digest, encode
 
@@ -30,8 +31,8 @@ def step_folder(step: int) -> str:
 
 
 def ledger_folder(log_dir: str | Path) -> Path:
-    """Where the requests of a log are: beside it, since they may be there before the log and outlive it. Pure."""
-    path = Path(log_dir)
+    """Where the requests of a log are: beside it, since they may be there before the log and outlive it. Local."""
+    path = named(log_dir)
     return path.with_name(path.name + ".requests")
 
 

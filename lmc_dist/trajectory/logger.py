@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,19 +22,22 @@ import torch
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agree, agreement
+from lmc_dist.shards.checksum import bit_sum
 from lmc_dist.shards.engines import EngineShards, engine_shards
 from lmc_dist.shards.engines.passes import is_measuring
+from lmc_dist.shards.engines.protocol import State
 from lmc_dist.shards.engines.wrappers import accelerate_autocast
 from lmc_dist.shards.fingerprint import model_config, model_fingerprint, parameter_table
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import get_rng_state
+from lmc_dist.shards.precision import IEEE, matmul_precision
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BLANK
+from lmc_dist.trajectory.batches import BATCH_INPUTS, BLANK
 from lmc_dist.trajectory.codec import COMPRESSIONS
 from lmc_dist.trajectory.edits import LogEdit
+from lmc_dist.trajectory.index import check_row_number, read_index
 from lmc_dist.trajectory.passes import (
-    BATCH_INPUTS,
     Pass,
     batch_samples,
     check_autocast,
@@ -66,6 +69,9 @@ class _Attached:
     loss_scale: float = 1.0
     passes: list[Pass] = field(default_factory=list)
     undo: list[Any] = field(default_factory=list)
+    state: State | None = None  # of the optimizer before a step that is taken back
+    drift: int = 0  # of the masters' bits since the last step
+    is_checked: bool = False  # the optimizer's state, once there is any
 
 
 class TrainingLogger:
@@ -92,7 +98,8 @@ class TrainingLogger:
         autocast: What a torch training loop computes in by `torch.autocast`, `bfloat16` or `float16`; None is nothing,
             checked at every step. Where accelerate does it, it is found.
         run: Free-form JSON about the run, such as its configuration.
-        keep_first: With a ring: keep the first snapshot, from which what has left the ring can still be replayed.
+        keep_first: With a ring: keep the first snapshot, from which what has left the ring can still be replayed, and the
+            edits that such a replay comes past.
 
     Raises:
         LmcError: Unknown tier or values out of range.
@@ -157,11 +164,19 @@ class TrainingLogger:
         self._attached: _Attached | None = None
         self._automatic = True
         self.boundaries: list[Callable[[int], None]] = []  # called with the next step, once a step is recorded
+        self.is_void: Callable[[Sequence[Pass]], bool] = lambda passes: False  # asked before each step, on all ranks
         self._is_paused = False
         self.has_resumed = False
         self._sent: set[tuple[int, int]] = set()  # samples whose tokens are with rank 0 already
 
-    def attach(self, model: Any, optimizer: Any = None, automatic: bool = True, scaler: Any = None) -> None:
+    def attach(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        automatic: bool = True,
+        scaler: Any = None,
+        resume_at: int | None = None,
+    ) -> None:
         """Starts logging: writes the manifest and θ_0, installs the hooks. Collective.
 
         With `resume` the engine's weights and optimizer state are set to those of the log's last snapshot, and `step`
@@ -172,21 +187,24 @@ class TrainingLogger:
             optimizer: Its optimizer, wrapped or not; a DeepSpeed engine knows its own.
             automatic: Register a step after each `optimizer.step`; False leaves it to `register_step`.
             scaler: The loop's `torch.amp.GradScaler`; accelerate's optimizer knows its own.
+            resume_at: With `resume`: the step at which the training loop goes on by itself; None takes the last snapshot.
 
         Raises:
-            LmcError: Unsupported engine, log_dir not empty, already attached, working weights that are not the masters'.
+            LmcError: Unsupported engine, log_dir not empty, already attached, working weights that are not the masters',
+                no snapshot of `resume_at`, a model whose loss has auxiliary terms.
         """
         if self._attached is not None:
             raise LmcError("the logger is already attached to an engine")
         shards = engine_shards(model, optimizer, scaler)
         keeps_gradient = "gradient" in TIERS[self.mode]
         with agreement(shards.layout.group):
+            check_loss(shards.module)
             shards.declare_clipping(self.max_grad_norm)
             autocast = self.autocast or accelerate_autocast(shards.module)
             if autocast is not None:
                 shards.autocast = getattr(torch, autocast)
             manifest = self._manifest(shards)
-        resumed = resume(self.log_dir, manifest, shards.layout) if self.resume else None
+        resumed = resume(self.log_dir, manifest, shards.layout, resume_at) if self.resume else None
         self.has_resumed = resumed is not None
         if resumed is not None:
             self.step = resumed.step
@@ -236,6 +254,11 @@ class TrainingLogger:
         groups = shards.group_of
         settings_key = "deepspeed" if shards.name.startswith("deepspeed") else "engine"
         computed = {} if shards.autocast is None else {"autocast": str(shards.autocast).removeprefix("torch.")}
+        if (precision := matmul_precision()) != IEEE:
+            computed["matmul"] = precision
+        attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if isinstance(attention, str):
+            computed["attention"] = attention
         table = [{**row, "group": groups[row["name"]]} for row in parameter_table(module)]
         return TrajectoryManifest(
             model_config=model_config(module),
@@ -270,14 +293,15 @@ class TrainingLogger:
                     "(with the HF Trainer also remove_unused_columns=False, or it is dropped)"
                 )
             labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-            ids = [] if index is None else torch.as_tensor(index).tolist()
+            inputs = {name: kwargs[name] for name in BATCH_INPUTS if torch.is_tensor(kwargs.get(name))}
+            ids = read_index(index, inputs)
             self._attached.passes.append(
                 Pass(
                     sample_ids=[i for i in ids if i != BLANK],
                     num_targets=0 if labels is None else int((labels[:, 1:] != IGNORED).sum()),
                     num_items=None if items is None else float(items),
                     random_state=get_rng_state(self._device(kwargs)),
-                    inputs={name: kwargs[name] for name in BATCH_INPUTS if torch.is_tensor(kwargs.get(name))},
+                    inputs=inputs,
                     is_local=self._attached.shards.is_local_pass(),
                     blanks=tuple(row for row, i in enumerate(ids) if i == BLANK),
                 )
@@ -315,13 +339,23 @@ class TrainingLogger:
     def _before_step(self, attached: _Attached, keeps_gradient: bool) -> None:
         if self._is_paused:
             return
+        attached.drift = bit_sum(attached.shards.held()) - bit_sum([attached.before.flat])
         attached.lrs = rates(attached.shards)
         attached.loss_scale = attached.shards.loss_scale
         if keeps_gradient:
             attached.gradient = attached.shards.step_gradient()
+        if self.is_void(attached.passes):
+            attached.state = attached.shards.read_state()
 
     def _after_step(self, attached: _Attached) -> None:
-        if self._automatic and not self._is_paused:
+        if self._is_paused:
+            return
+        if attached.state is not None:
+            # The run without the data has no such step, and momentum and decay move weights without a gradient as well.
+            # Taken back, and not left out: schedule, counters and random numbers go on as in every step.
+            attached.shards.write(attached.before)
+            attached.shards.write_state(*attached.state)
+        if self._automatic:
             self._register(attached, self.step, attached.lrs, None, attached.shards.applied)
 
     def skip_step(self) -> None:
@@ -378,6 +412,8 @@ class TrainingLogger:
         if ids is None or len(ids) != len(passes):
             raise LmcError(f"batch_data['sample_ids'] needs one list of ids for each of {len(passes)} passes")
         for seen, given in zip(passes, ids, strict=True):
+            if given:  # else a filler
+                check_row_number(given, seen.inputs)
             seen.sample_ids = [int(i) for i in given]
 
     def _register(
@@ -388,17 +424,27 @@ class TrainingLogger:
         after = shards.read()
         grad_norm = shards.grad_norm
         flags = (attached.writer.failed, attached.writer.snapshot_done)
-        stats = step_statistics(attached.before, after, attached.passes, layout, flags)
+        stats = step_statistics(attached.before, after, attached.passes, layout, flags, attached.drift)
         if any(failed for failed, _ in stats["flags"]):
             attached.writer.raise_error()
+        if stats["drifted"]:
+            raise LmcError(
+                f"step {step}: the weights were changed outside the optimizer since the step before (clamped, averaged, loaded, "
+                "or by a step that was not registered), which the log does not hold and a replay would not repeat: change a "
+                "copy, or put the weights back before the next step"
+            )
         # Without a gradient nothing happened, unless the optimizer carries momentum or counts its steps.
-        applied = applied and (grad_norm != 0 or stats["changed"] or shards.has_state)
+        applied = applied and attached.state is None and (grad_norm != 0 or stats["changed"] or shards.has_state)
         self._check(step, applied and grad_norm != 0, lrs, stats, layout)
         if applied and grad_norm is not None and not math.isfinite(grad_norm):
             raise LmcError(
                 f"step {step}: the optimizer stepped with a gradient of norm {grad_norm}, so the weights are lost: skip such "
                 "steps, by a torch.amp.GradScaler (scaler=), or by logger.skip_step() in place of optimizer.step()"
             )
+        if applied and not attached.is_checked:  # at once, and not when the next snapshot is due
+            with agreement(layout.group):
+                shards.check_state()
+            attached.is_checked = True
         attached.writer.store(step, attached.before, after, attached.gradient, applied)
         with agreement(layout.group):
             check_autocast(step, shards, attached.passes)
@@ -430,7 +476,8 @@ class TrainingLogger:
             except Exception as caught:
                 error = caught
         agree(error, layout.group)
-        attached.before, attached.gradient = after, None
+        attached.before, attached.gradient, attached.state = after, None, None
+        attached.drift = 0
         attached.passes.clear()
         if all(done for _, done in stats["flags"]):
             attached.writer.finish_snapshot()
@@ -535,6 +582,12 @@ class TrainingLogger:
         self.save_to_disk()
         self.detach()
 
+    def has_moved(self) -> bool:
+        """Whether the engine's weights are others than those the log ends with. Collective."""
+        attached = self._require_attached()
+        layout = attached.shards.layout
+        return step_statistics(attached.before, attached.shards.read(), [], layout)["changed"]
+
     def detach(self) -> None:
         """Removes the hooks and closes the files without a final snapshot, as after an error. Local."""
         if self._attached is None:
@@ -543,6 +596,21 @@ class TrainingLogger:
             undo()
         self._attached.writer.close()
         self._attached = None
+
+
+def check_loss(module: torch.nn.Module) -> None:
+    """Checks that the model's loss is its token cross entropy alone. Local.
+
+    Raises:
+        LmcError: It adds the auxiliary loss of experts.
+    """
+    config: Any = getattr(module, "config", None)
+    parts = [config, config.get_text_config() if hasattr(config, "get_text_config") else None]
+    if any(getattr(part, "output_router_logits", False) for part in parts):
+        raise LmcError(
+            "the model's config has output_router_logits=True, which adds the experts' auxiliary loss to the token cross "
+            "entropy: only the latter can be logged, set model.config.output_router_logits = False before training"
+        )
 
 
 def rates(shards: EngineShards) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.layout import is_rule
@@ -47,6 +47,14 @@ def read_manifest(log_dir: Path) -> TrajectoryManifest:
     except (TypeError, ValueError) as error:
         raise LmcError(f"{path} is damaged: {str(error)[:300]}") from None
     return manifest
+
+
+def logged_attention(manifest: TrajectoryManifest) -> Literal["sdpa", "eager"]:
+    """The attention kernel to rebuild a logged model with: a log may choose between these two only. Local.
+
+    Fused kernels of other names, and logs that name none, get `sdpa`.
+    """
+    return "eager" if manifest.all_segments[-1].run.get("attention") == "eager" else "sdpa"
 
 
 def check_manifest(manifest: TrajectoryManifest) -> None:

@@ -75,7 +75,8 @@ def plan_prune(
         log: The log.
         before: Tensors and snapshots before this step go, but for the snapshot from which it can be reached.
         to_tier: Vectors that this tier does not keep go; of `full` the updates are made from its θ.
-        snapshots_every: Of the snapshots the first, the last, those at multiples of this and those of edits stay.
+        snapshots_every: Of the snapshots the first, the last, the first that corrections can start from, those at
+            multiples of this and those of edits stay.
         batch_data: The samples' tokens go.
 
     Raises:
@@ -94,11 +95,14 @@ def plan_prune(
         if to_tier not in reachable_tiers(tier):
             raise LmcError(f"prune.to_tier={to_tier}: a log of tier '{tier}' does not hold what that tier keeps")
         tier = to_tier
+    contents = read_contents(log.path)
     first_kept = log.first_step if before is None else log.nearest_anchor(max(before, log.first_step))
     gone = [n for n in log.snapshots if n < first_kept]
     if snapshots_every is not None:
         kept = [n for n in log.snapshots if n >= first_kept]
-        gone += [n for n in kept[1:-1] if n % snapshots_every and n not in log.edits]
+        whole = contents.unbroken_from()
+        start = next((n for n in kept if n >= whole and log.nearest_anchor(n) == n), None)
+        gone += [n for n in kept[1:-1] if n % snapshots_every and n not in log.edits and n != start]
     converts = tier == "update" and log.manifest.storage == "full"
     dropped = [
         (step, kind)
@@ -109,7 +113,7 @@ def plan_prune(
     steps = range(first_kept, log.num_steps) if converts else ()
     converted = [s for s in steps if "theta" in log.kinds(s) and "update" not in log.kinds(s)]
     sizes = count_samples(log.path) if batch_data else []
-    plan = PrunePlan(first_kept, gone, tier, dropped, converted, len(sizes), read_contents(log.path).leftovers())
+    plan = PrunePlan(first_kept, gone, tier, dropped, converted, len(sizes), contents.leftovers())
     plan.freed.update(_freed(log, plan, sum(sizes)))
     return plan
 

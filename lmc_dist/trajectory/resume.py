@@ -35,6 +35,8 @@ logger = logging.getLogger("lmc_dist")
 
 # What the same run started anew may do differently: where and how it runs.
 _FREE_FIELDS = ("world_size", "engine", "partition", "run", "versions", "segments")
+# Of an optimizer group: a trainer that has resumed has restored the rates of a later step; each step's row has its own.
+_FREE_SETTINGS = ("lr", "initial_lr")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Resumed:
     lock: LogLock | None
 
 
-def resume(log_dir: Path, manifest: TrajectoryManifest, layout: ShardLayout) -> Resumed | None:
+def resume(log_dir: Path, manifest: TrajectoryManifest, layout: ShardLayout, step: int | None = None) -> Resumed | None:
     """Cuts a log back to its last snapshot and reads that; None where no step was ever begun. Collective.
 
     The snapshot is the last one before which the table has no gap and no tensor file is missing, so that what is
@@ -68,13 +70,15 @@ def resume(log_dir: Path, manifest: TrajectoryManifest, layout: ShardLayout) -> 
         log_dir: The log; empty or absent is a run that has not begun.
         manifest: Of the run as it is started now.
         layout: This rank's.
+        step: The snapshot to go back to, of the step at which the training loop goes on; None is the last one.
 
     Raises:
-        LmcError: The log is of another run, another job writes it, or it is damaged beyond its last snapshot.
+        LmcError: The log is of another run, another job writes it, it is damaged beyond its last snapshot, or has none of
+            `step`; it is then left as it is.
     """
     hold = _Hold()
     try:
-        return _resume(log_dir, manifest, layout, hold)
+        return _resume(log_dir, manifest, layout, hold, step)
     except BaseException:
         hold.release()
         raise
@@ -95,7 +99,9 @@ class _Hold:
             self.lock = None
 
 
-def _resume(log_dir: Path, manifest: TrajectoryManifest, layout: ShardLayout, hold: _Hold) -> Resumed | None:
+def _resume(
+    log_dir: Path, manifest: TrajectoryManifest, layout: ShardLayout, hold: _Hold, wanted: int | None
+) -> Resumed | None:
     logged: TrajectoryManifest | None = None
     points: list[_Point] = []
     with agreement(layout.group):
@@ -103,6 +109,8 @@ def _resume(log_dir: Path, manifest: TrajectoryManifest, layout: ShardLayout, ho
             hold.lock = LogLock(log_dir)
             logged = check_same_run(log_dir, manifest)
             points = resume_points(log_dir)
+        if layout.rank == 0 and wanted is not None:
+            points = points_of(log_dir, points, wanted)
     points = broadcast_object(points, layout.group)
     damaged = first_damaged_step(log_dir, layout, max((point[0] for point in points), default=0))
     for step, checksum, log_checksum in points:
@@ -188,6 +196,10 @@ def check_same_run(log_dir: Path, manifest: TrajectoryManifest) -> TrajectoryMan
         return None
     logged = read_manifest(log_dir)
     mine, theirs = (json.loads(json.dumps(each.to_json())) for each in (manifest, logged))
+    for each in (mine, theirs):
+        for group in each["optimizer"]["groups"]:
+            for name in _FREE_SETTINGS:
+                group.pop(name, None)
     if differing := sorted(k for k in mine if k not in _FREE_FIELDS and theirs[k] != mine[k]):
         raise LmcError(
             f"log_dir {log_dir} is of another run ({', '.join(differing)} differ): resume with the settings it was "
@@ -235,6 +247,34 @@ def resume_points(log_dir: Path) -> list[_Point]:
             f"log_dir {log_dir} holds steps and no snapshot to continue from: restore one, or choose another log_dir"
         )
     return points
+
+
+def points_of(log_dir: Path, points: list[_Point], step: int) -> list[_Point]:
+    """The snapshot of the step at which a training loop goes on by itself, of those there are. Local.
+
+    Raises:
+        LmcError: There is none, or going back to it would remove what a loop that begins anew has not got, or an edit.
+    """
+    found = [point for point in points if point[0] == step]
+    there = ", ".join(str(point[0]) for point in reversed(points)) or "none"
+    if step == 0 and points and points[0][0] > 0:
+        raise LmcError(
+            f"the training loop begins at step 0, the log in {log_dir} goes on at step {points[0][0]}: let the loop go on from "
+            f"its checkpoint (a Trainer by train(resume_from_checkpoint=…)) of a step that has a snapshot ({there}), or "
+            "remove the log to begin anew"
+        )
+    if step > 0 and not found:
+        raise LmcError(
+            f"the training loop goes on at step {step}, and the log in {log_dir} has no snapshot of it (there are {there}): "
+            "go on from a checkpoint of such a step"
+        )
+    if undone := [edit for edit in read_edits(log_dir, [point[0] for point in points]) if edit > step]:
+        raise LmcError(
+            f"the training loop goes on at step {step}, and a deletion has corrected the weights of the log in {log_dir} at "
+            f"step {max(undone)}, which would be undone: go on from a checkpoint of that step or a later one that has a "
+            f"snapshot ({there})"
+        )
+    return found
 
 
 def first_damaged_step(log_dir: Path, layout: ShardLayout, stop: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, broadcast_object
+from lmc_dist.shards.engines import engine_shards
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.edits import EDIT_FILE, LogEdit
@@ -23,9 +24,9 @@ from lmc_dist.trajectory.exchange import this_rank
 from lmc_dist.trajectory.files import fsync_path, rank_file, step_folder
 from lmc_dist.trajectory.lock import LogLock, require_free
 from lmc_dist.trajectory.manifest import write_manifest
-from lmc_dist.trajectory.record import TrajectoryManifest
-from lmc_dist.trajectory.replay import can_be_exact, check_reproduced, warm_up
-from lmc_dist.trajectory.rewrite_logger import RewriteLogger
+from lmc_dist.trajectory.record import StepRecord, TrajectoryManifest
+from lmc_dist.trajectory.replay import begin, can_be_exact, check_reproduced, warm_up
+from lmc_dist.trajectory.rewrite_logger import RewriteLogger, taken_over
 from lmc_dist.trajectory.rewrite_plan import How, RewritePlan, plan_rewrite, rewritten_manifest
 from lmc_dist.trajectory.sealed import require_plain, write_sealed
 from lmc_dist.trajectory.snapshots import snapshot_folder
@@ -55,8 +56,22 @@ class Rewritten:
     exact: bool | None = None
 
 
-def take_over(log: TrajectoryLog, plan: RewritePlan, manifest: TrajectoryManifest, output: Path) -> None:
-    """Makes a log of the steps before `plan.stop`, by links where the file system has them. Local; all of it synced."""
+def take_over(
+    log: TrajectoryLog,
+    plan: RewritePlan,
+    manifest: TrajectoryManifest,
+    output: Path,
+    taken: Callable[[StepRecord], StepRecord] = lambda record: record,
+) -> None:
+    """Makes a log of the steps before `plan.stop`, by links where the file system has them. Local; all of it synced.
+
+    Args:
+        log: The old log.
+        plan: What is done.
+        manifest: Of the new log.
+        output: The new log.
+        taken: What becomes of their records.
+    """
     for name in ("steps", "snapshots"):
         (output / name).mkdir(parents=True)
     for step in range(plan.stop):
@@ -77,7 +92,7 @@ def take_over(log: TrajectoryLog, plan: RewritePlan, manifest: TrajectoryManifes
             write_sealed(output / folder / EDIT_FILE, without(log.edits[n], plan.request).to_json())
         fsync_path(output / folder)
     table = StepTable(output)
-    table.insert((log.record(step), log.kinds(step) or None) for step in range(plan.stop))
+    table.insert((taken(log.record(step)), log.kinds(step) or None) for step in range(plan.stop))
     table.close()
     write_manifest(output, manifest)
     for path in (output / "steps", output / "snapshots", output, output.parent):
@@ -219,9 +234,10 @@ def rewrite(
             log = TrajectoryLog(path)
             plan = plan_rewrite(log, request, "replay")
             manifest = rewritten_manifest(log, plan, salt)
+        normalization = log.manifest.loss_normalization
         with agreement():
             if this_rank()[0] == 0:
-                take_over(log, plan, manifest, output)
+                take_over(log, plan, manifest, output, lambda r: taken_over(r, plan.request, batches, normalization))
         run = _run_steps(engine, log, batches, plan, manifest, output, progress)
         after = _put_in_place(log, plan, output)
     return Rewritten(plan, log.fingerprint, after, *run)
@@ -264,18 +280,19 @@ def _run_steps(
     """Runs the steps from `plan.stop` on and logs them; (gradients, verified steps, exact). Collective."""
     logger = RewriteLogger(output, manifest, log.manifest.segment(plan.num_steps - 1), keeps_first(log))
     try:
+        steps = begin(engine_shards(engine), log, batches, plan.stop, plan.stop >= plan.first)
         logger.attach(engine)
         shards, normalization = logger.shards, log.manifest.loss_normalization
         if logger.step != plan.stop:
             raise LmcError(f"log {log.path}: snapshot {plan.stop} is damaged, the steps after it cannot be run again")
         if plan.stop > 0:
             warm_up(shards, log, batches, plan.stop)
-        exact, steps, verified = True, 0, 0
+        exact, verified = True, 0
         for step in range(plan.stop, plan.num_steps):
             record = log.record(step)
             exact = exact and can_be_exact(shards, log.manifest.segment(step))
             edited = edit_step(record, plan.request, normalization, batches.num_targets)
-            steps += logger.take(edited, batches, normalization, is_changed=step >= plan.first)
+            steps += logger.take(edited, batches, normalization, step >= plan.first or edited.is_changed)
             if step < plan.first and exact:
                 check_reproduced(shards, record)
                 verified += 1

@@ -9,7 +9,7 @@ from typing import Any
 from lmc_dist.shards.engines import EngineShards
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.trajectory.batches import BatchSource
-from lmc_dist.trajectory.counterfactual import EditedMicro, EditedStep
+from lmc_dist.trajectory.counterfactual import Counterfactual, EditedMicro, EditedStep
 from lmc_dist.trajectory.logger import TrainingLogger, _Attached, package_versions, rates
 from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.replay import run_step
@@ -22,10 +22,19 @@ def blanked(edited: EditedStep, batches: BatchSource) -> EditedStep:
     for micro in edited.micro_batches:
         record = micro.record
         if not all(micro.kept):
-            width = record.width if record.blanks else int(batches.inputs(record.sample_ids)[1].shape[1])
+            width = int(batches.inputs(record.sample_ids)[1].shape[1]) if record.width is None else record.width
             record = without_samples(record, micro.kept, width)
         micros.append(EditedMicro(record, (True,) * len(record.sample_ids), micro.denominator))
     return replace(edited, micro_batches=tuple(micros))
+
+
+def taken_over(record: StepRecord, request: Counterfactual, batches: BatchSource, normalization: Any) -> StepRecord:
+    """The record of a step that is not run again: without what leaves it, which can be where it was not applied. Local."""
+    if not request.touches(record):
+        return record
+    edited = blanked(request.edit(record, normalization, batches.num_targets), batches)
+    idle = idle_record(edited, is_changed=True)  # θ is what it was
+    return replace(idle, checksum=record.checksum, log_checksum=record.log_checksum, u_norm=record.u_norm)
 
 
 def without_samples(record: MicroRecord, kept: tuple[bool, ...], width: int | None) -> MicroRecord:

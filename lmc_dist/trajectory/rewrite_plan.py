@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lmc_dist.data import read_ids
 from lmc_dist.errors import LmcError
 from lmc_dist.trajectory.counterfactual import Counterfactual
+from lmc_dist.trajectory.edits import LogEdit
 from lmc_dist.trajectory.record import TrajectoryManifest
 from lmc_dist.trajectory.replay import first_change, replay_start
 from lmc_dist.trajectory.rewritten import KEY, described, rewritings
@@ -23,9 +25,10 @@ class RewritePlan:
 
     Attributes:
         how: By which way.
+        asked: What is to be left out.
         request: What is left out, earlier corrections of the run that it reaches past included.
-        first: First step that holds any of it.
-        stop: Steps before it are taken over as they are; `replay` runs those from it on.
+        first: First step that changes: that holds any of it and, for `replay`, was applied.
+        stop: Steps before it are taken over; `replay` runs those from it on.
         num_steps: Of the old log.
         touched: Steps that hold any of it.
         snapshots: Those that are taken over.
@@ -35,6 +38,7 @@ class RewritePlan:
     """
 
     how: How
+    asked: Counterfactual
     request: Counterfactual
     first: int
     stop: int
@@ -53,14 +57,19 @@ def plan_rewrite(log: TrajectoryLog, request: Counterfactual, how: How) -> Rewri
         LmcError: Nothing of the request is in the log, nothing would be left, what a replay needs is gone, or the log's
             directory or description holds what cannot go along.
     """
-    request, passed, first = first_change(log, request)
-    if first == log.num_steps:
+    asked = request
+    request, passed, first = first_change(log, asked)
+    touched = tuple(r.step for r in log.records() if request.touches(r))
+    if not touched:
         raise LmcError(f"no step of log {log.path} holds any of the forgotten data: there is nothing to rewrite")
     if others := foreign(log.path):
         raise LmcError(f"log {log.path} holds {others[0]}, which is none of a log's: move it away, it would be deleted")
     check_settings(log.manifest, request)
     if how == "replay":
         check_normalization(log.manifest, request)
+    if how == "remove":
+        check_companions(log.manifest, passed.values())
+        first = touched[0]
     stop = replay_start(log, first) if how == "replay" else first
     snapshots = tuple(n for n in log.snapshots if n <= stop)
     if how == "remove" and (first == 0 or not snapshots):
@@ -68,16 +77,40 @@ def plan_rewrite(log: TrajectoryLog, request: Counterfactual, how: How) -> Rewri
             f"step {first} of log {log.path} holds forgotten data, and nothing that could be used is left before it: "
             "rewrite it with --how replay, or delete the log"
         )
-    touched = tuple(r.step for r in log.records() if request.touches(r))
     seen = {i for step in touched for i in log.record(step).sample_ids if _is_gone(log, step, i, request)}
     names = sorted(p.name for p in log.path.iterdir() if p.name in ("curvature", "train.json", "controls.json"))
     return RewritePlan(
-        how, request, first, stop, log.num_steps, touched, snapshots, tuple(sorted(passed)), len(seen), tuple(names)
+        how,
+        asked,
+        request,
+        first,
+        stop,
+        log.num_steps,
+        touched,
+        snapshots,
+        tuple(sorted(passed)),
+        len(seen),
+        tuple(names),
     )
 
 
 def _is_gone(log: TrajectoryLog, step: int, sample: int, request: Counterfactual) -> bool:
     return sample in request.sample_ids or log.record(step).batch_id in request.batch_ids
+
+
+def check_companions(manifest: TrajectoryManifest, passed: Iterable[LogEdit]) -> None:
+    """Checks that corrections whose steps are removed left nothing for later steps to do. Pure.
+
+    Raises:
+        LmcError: They did: a run that is resumed would not take up the other samples of batches that were taken back.
+    """
+    settings = manifest.run.get("config", {}).get("online", {})
+    for edit in passed:
+        if edit.relearn and settings.get("relearn_per_step"):
+            raise LmcError(
+                f"the correction at step {edit.step} took back whole batches, whose {len(edit.relearn)} other samples later "
+                "steps take up again; what --how remove leaves could not say so: use --how replay"
+            )
 
 
 def check_normalization(manifest: TrajectoryManifest, request: Counterfactual) -> None:
@@ -123,7 +156,9 @@ def rewritten_manifest(log: TrajectoryLog, plan: RewritePlan, salt: bytes) -> Tr
         "how": plan.how,
         "from": log.fingerprint,
         "request": described(plan.request, salt),
-        "first_step": plan.first,
+        "asked": described(plan.asked, salt),
+        "requests": sorted({name for step in plan.edits for name in log.edits[step].names}),
+        "first_step": plan.touched[0],
         "steps": [plan.stop, last],  # that were run anew, or removed
         "snapshots": [n for n in log.snapshots if n > plan.stop],
         "edits": list(plan.edits),

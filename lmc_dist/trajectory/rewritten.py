@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ KEY = "rewritten"  # of the manifest's `run`
 
 
 def salt_file(log_dir: str | Path) -> Path:
-    """Where the secret of a log's requests is: with its ledger, not in the log. Pure."""
+    """Where the secret of a log's requests is: with its ledger, not in the log. Local."""
     return ledger_folder(log_dir) / SALT_FILE
 
 
@@ -50,12 +51,23 @@ def _is_entry(entry: Any) -> bool:
     ids = [request.get("samples"), request.get("batches")]
     are_texts = all(isinstance(some, list) and all(isinstance(digest, str) for digest in some) for some in ids)
     numbers = [*edits, entry.get("first_step"), entry.get("samples")]
+    if not all(isinstance(name, str) for name in entry.get("requests", [])) or not _digests_are_known(entry):
+        return False
     return are_texts and isinstance(entry.get("from"), str) and all(type(number) is int for number in numbers)
 
 
-def gone_edits(manifest: TrajectoryManifest) -> set[int]:
-    """Steps whose corrections a rewriting made superfluous. Pure."""
-    return {step for entry in rewritings(manifest) for step in entry["edits"]}
+def _digests_are_known(entry: dict[str, Any]) -> bool:
+    """Whether what a call was asked for is a part of what went. Pure."""
+    asked = entry.get("asked", entry["request"])
+    return isinstance(asked, dict) and all(
+        isinstance(asked.get(of), list) and all(digest in entry["request"].get(of, []) for digest in asked[of])
+        for of in ("samples", "batches")
+    )
+
+
+def gone_requests(manifest: TrajectoryManifest) -> set[str]:
+    """Names of the ledger's requests whose corrections a rewriting made superfluous. Pure."""
+    return {name for entry in rewritings(manifest) for name in entry.get("requests", [])}
 
 
 def is_without(manifest: TrajectoryManifest, request: Counterfactual, salt: bytes) -> bool:
@@ -69,22 +81,44 @@ def gone(manifest: TrajectoryManifest) -> set[tuple[str, str]]:
     return {pair for entry in rewritings(manifest) for pair in _digests(entry["request"])}
 
 
-def resumed_rewritings(log_dir: Path, request: Counterfactual | None) -> list[dict[str, Any]]:
-    """The rewritings of the log that a training continues, without the same data; none where it was not rewritten. Local.
+def log_rewritings(log_dir: Path) -> list[dict[str, Any]]:
+    """The rewritings of the log that a training continues; none where there is no log. Local."""
+    return rewritings(read_manifest(log_dir)) if (log_dir / MANIFEST_FILE).exists() else []
+
+
+def resumed_request(
+    log_dir: Path, request: Counterfactual | None, sample_ids: Iterable[int], batch_ids: Iterable[int]
+) -> Counterfactual:
+    """What a rewritten run is continued without: all that is gone, corrections in mid-training included. Local.
+
+    Args:
+        log_dir: The log.
+        request: What the calls of `lmc log rewrite` were asked for.
+        sample_ids: Of the dataset, among which digests are looked up.
+        batch_ids: Of the run's batches, likewise.
 
     Raises:
         LmcError: It would be with some of that data, or the salt is missing.
     """
-    if not (log_dir / MANIFEST_FILE).exists():
-        return []
-    manifest = read_manifest(log_dir)
-    if found := rewritings(manifest):
-        check_resumed(manifest, request, read_salt(salt_file(log_dir)))
-    return found
+    manifest, salt = read_manifest(log_dir), read_salt(salt_file(log_dir))
+    check_resumed(manifest, request, salt)
+    assert request is not None
+    done = gone(manifest)
+    if _digests(described(request, salt)) == done:
+        return request
+    samples = frozenset(i for i in sample_ids if ("samples", salted_digest(salt, i)) in done) | request.sample_ids
+    batches = frozenset(i for i in batch_ids if ("batches", salted_digest(salt, i)) in done) | request.batch_ids
+    return Counterfactual(min(_sample_kinds(manifest)) if samples else "skip", samples, batches)
+
+
+def _sample_kinds(manifest: TrajectoryManifest) -> set[Any]:
+    return {entry["request"].get("counterfactual") for entry in rewritings(manifest) if entry["request"]["samples"]}
 
 
 def check_resumed(manifest: TrajectoryManifest, request: Counterfactual | None, salt: bytes) -> None:
     """Checks that a rewritten run is continued without what it was rewritten without. Pure.
+
+    What came with corrections in mid-training need not be asked for again: nobody but the ledger may know it.
 
     Raises:
         LmcError: The request is not that of the rewritings, taken together, or the secret is another one.
@@ -98,12 +132,15 @@ def check_resumed(manifest: TrajectoryManifest, request: Counterfactual | None, 
         raise LmcError(
             "the log is of a run that was trained without some data and rewritten later: it cannot be resumed"
         )
-    done = gone(manifest)
-    kinds = {entry["request"].get("counterfactual") for entry in rewritings(manifest)}
-    if request is None or _digests(described(request, salt)) != done or kinds != {request.kind}:
+    asked = {pair for entry in rewritings(manifest) for pair in _digests(entry.get("asked", entry["request"]))}
+    given = set() if request is None else _digests(described(request, salt))
+    kinds = _sample_kinds(manifest)
+    is_other_kind = request is not None and bool(request.sample_ids) and kinds != {request.kind}
+    if not asked <= given <= gone(manifest) or len(kinds) > 1 or is_other_kind:
         raise LmcError(
-            f"the log was rewritten without {len(done)} samples or batches: resume with the same forget options as `lmc log "
-            "rewrite`, those of all its calls taken together, or training would take them up again"
+            f"the log was rewritten without {len(asked)} samples or batches: resume with the same forget options as `lmc log "
+            "rewrite`, those of all its calls taken together (forget.samples beside forget.batches where there were both), or "
+            "training would take them up again"
         )
 
 

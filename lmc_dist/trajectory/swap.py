@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from lmc_dist.errors import LmcError
+from lmc_dist.paths import named
 from lmc_dist.trajectory.files import MANIFEST_FILE, fsync_path
 from lmc_dist.trajectory.lock import is_lock_file, require_free
 from lmc_dist.trajectory.table import TABLE_FILE
@@ -33,12 +34,14 @@ KNOWN = (
 
 
 def building(log_dir: Path) -> Path:
-    """Where the log that is to take a log's place is made. Pure."""
+    """Where the log that is to take a log's place is made. Local."""
+    log_dir = named(log_dir)
     return log_dir.with_name(log_dir.name + ".rewriting")
 
 
 def outgoing(log_dir: Path) -> Path:
-    """Where the log that has been replaced is, until it is deleted. Pure."""
+    """Where the log that has been replaced is, until it is deleted. Local."""
+    log_dir = named(log_dir)
     return log_dir.with_name(log_dir.name + ".replaced")
 
 

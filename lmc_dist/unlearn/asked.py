@@ -15,6 +15,7 @@ from lmc_dist.digest import json_digest
 from lmc_dist.errors import LmcError, Stopped
 from lmc_dist.evaluate.distance import mean_loss, relative_error
 from lmc_dist.logged_run import open_logged_run, starting_model
+from lmc_dist.paths import named
 from lmc_dist.runtime import Runtime, agreement, check_replaceable, remove_folder
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.tracking import Tracker, check_tracking, tracked
@@ -53,7 +54,7 @@ class AskedRun:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
-        self.output_dir, self.tracker = Path(config.output_dir), Tracker()
+        self.output_dir, self.tracker = named(config.output_dir), Tracker()
         with agreement():
             check_tracking(config.wandb)
             check_replaceable(self.output_dir, "result.json", config.overwrite)
@@ -72,6 +73,11 @@ class AskedRun:
             if not self.touched:
                 raise LmcError("no logged step that changed the weights holds any of the forgotten data")
             self._with_open_edits()
+            if not self.kept_ids():
+                logger.warning(
+                    "nothing remains: all samples that were trained on are to be forgotten, so there is no loss on retained ones; "
+                    "the model that training started from has seen none of them either"
+                )
             check_reference(self)
             self.check_log()
 
@@ -153,16 +159,20 @@ class AskedRun:
             return f"{len(ids)} samples of {people} {'person' if people == 1 else 'people'}"
         return f"{len(ids)} samples"
 
-    def losses(self, theta: ShardedVector) -> tuple[float, float]:
-        """(mean loss on forgotten, on retained samples). Collective."""
-        forget, retain = self.forgotten_ids(), self.retained_ids()
-        return tuple(mean_loss(self.module, theta, ids, self.batches) for ids in (forget, retain))  # type: ignore[return-value]
+    def losses(self, theta: ShardedVector) -> tuple[float | None, ...]:
+        """(mean loss on forgotten, on retained samples), None where it is not finite or there are none. Collective."""
+        losses = [
+            mean_loss(self.module, theta, ids, self.batches) if ids else math.nan
+            for ids in (self.forgotten_ids(), self.retained_ids())
+        ]
+        return tuple(loss if math.isfinite(loss) else None for loss in losses)
 
     def asked(self) -> dict[str, Any]:
         """The request, for result.json."""
         return {
             "what": self.describe(),
             "samples": len(self.forgotten_ids()),
+            "retained": len(self.kept_ids()),
             "steps": len(self.touched),
             "num_steps": self.log.num_steps,
             "counterfactual": self.request.kind,
@@ -189,7 +199,7 @@ class AskedRun:
             theta: Where doing nothing ends.
             reference: Where retraining ends, if that is known.
         """
-        forget, retain = (loss if math.isfinite(loss) else None for loss in self.losses(weights))
+        forget, retain = self.losses(weights)
         return {
             "method": method,
             "label": label,

@@ -12,16 +12,15 @@ from typing import Any, Literal
 
 import torch
 
-from lmc_dist.errors import LmcError
-from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.errors import LmcError, shorten
+from lmc_dist.trajectory.batches import BatchSource, seen_batch
 from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.kept import DESCRIPTION, curvature_folder, kept_names
-from lmc_dist.trajectory.passes import batch_digest
 from lmc_dist.trajectory.record import TIERS
 from lmc_dist.trajectory.sealed import read_sealed
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.correction import check_update_rule
-from lmc_dist.unlearn.request import check_request, shorten
+from lmc_dist.unlearn.request import check_request
 from lmc_dist.update_rules.settings import DEEPSPEED_ADAM
 
 Status = Literal["ok", "warning", "failed"]
@@ -216,9 +215,10 @@ def check_batches(log: TrajectoryLog, batches: BatchSource) -> Check:
             if micro.digest is None:
                 unknown += bool(micro.sample_ids) and not micro.blanks
                 continue
-            inputs, labels = batches.inputs(micro.sample_ids)
             compared += 1
-            if batch_digest({**inputs, "labels": labels}) != micro.digest:
+            try:
+                seen_batch(micro, batches)
+            except LmcError:
                 wrong.append(record.step)
     if wrong:
         steps = sorted(set(wrong))

@@ -19,8 +19,10 @@ from lmc_dist.curvature.products import weighted_gradient
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.module import ShardedModule
+from lmc_dist.shards.precision import IEEE
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.certify import not_training
 from lmc_dist.trajectory.counterfactual import edit_step
 from lmc_dist.trajectory.record import TIERS, StepRecord, Trajectory, TrajectoryManifest
 from lmc_dist.unlearn.source import micro_batches, share
@@ -54,6 +56,8 @@ COMPUTED = Tolerance(1e-4, 1e-2)
 # Training computed in 16 bits, the gradient here is of float32: measured 0.015 in the first 35 steps from a snapshot, 0.037
 # in 140 (bfloat16, AdamW, momentum); without the floor 0.084.
 COARSE = Tolerance(0.1, 0.1)
+# How far the norm of a gradient computed here may be from the logged one for it to be training's; see `trajectory.certify`.
+NORM, COARSE_NORM = 1e-2, 5e-2
 
 
 def logs_gradients(manifest: TrajectoryManifest) -> bool:
@@ -71,7 +75,7 @@ def trained_coarsely(manifest: TrajectoryManifest, step: int) -> bool:
     )
     stored = any(row.get("dtype") in ("bfloat16", "float16") for row in manifest.parameters)
     named = json.dumps([run.get("autocast"), run.get("engine")], default=str)
-    return enabled or stored or "float16" in named
+    return enabled or stored or "float16" in named or run.get("matmul", IEEE) != IEEE
 
 
 class TrainingPath:
@@ -234,11 +238,20 @@ class TrainingPath:
         if math.sqrt(error) <= tolerance.relative * math.sqrt(moved) + rounding:  # false for NaN
             return
         optimizer = self.trajectory.manifest.optimizer["class"]
-        norm = "" if record.grad_norm is None else f", the logged one {record.grad_norm:.6g}"
+        logged, norm = record.grad_norm, math.sqrt(g)
+        told = "" if logged is None else f", the logged one {logged:.6g}"
+        allowed = COARSE_NORM if trained_coarsely(self.trajectory.manifest, step) else NORM
+        if (
+            logged is not None
+            and not logs_gradients(self.trajectory.manifest)
+            and not abs(norm - logged) <= allowed * logged
+        ):
+            off = f"its gradient has norm {norm:.6g}{told}, and the update is off by {math.sqrt(error):.3g} of {math.sqrt(moved):.3g}"
+            raise LmcError(not_training(step, off))
         raise LmcError(
             f"step {step}: the update rule of {optimizer} does not give the logged step: off by {math.sqrt(error):.3g} of an "
             f"update of norm {math.sqrt(moved):.3g} ({tolerance.relative:g} of it is allowed); its gradient has norm "
-            f"{math.sqrt(g):.6g}{norm}. Either the gradient is another one (dropout whose random state was not logged, "
+            f"{norm:.6g}{told}. Either the gradient is another one (dropout whose random state was not logged, "
             "other data, a model in another precision) or the update is (settings that changed during training, such as "
             "betas or weight decay, parameters without a gradient): use replay_head=all, or log gradients "
             "(log.storage=gradient)"

@@ -25,6 +25,7 @@ from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.tracking import Tracker, audit_summary
 from lmc_dist.trajectory.kept import KeptCurvature, load_curvature
 from lmc_dist.trajectory.logger import package_versions
+from lmc_dist.trajectory.replay import check_ranks
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.asked import AskedRun, gone_after_an_error
 from lmc_dist.unlearn.correction import Correction, check_update_rule, compute_correction, is_finite
@@ -120,6 +121,8 @@ class UnlearningRun(AskedRun):
         self.units = None if config.unlearn.units == "joint" else units_of(config.unlearn, self.request)
         replays = self.methods()[0].name == REPLAY
         self.log.require(self.touched[0].step, updates=not replays)
+        if config.reference == "replay" or any(method.name == REPLAY for method in self.methods()):
+            check_ranks(self.log)
         if not replays:
             check_update_rule(self.log.manifest, self.log.records(), self.touched[0].step)
         if config.unlearn.curvature is not None:
@@ -218,7 +221,7 @@ class UnlearningRun(AskedRun):
 
         def make_module(layout: ShardLayout) -> ShardedModule:
             device = self.runtime.device
-            skeleton = logged_skeleton(self.config, self.model_config, device)
+            skeleton = logged_skeleton(self.config, self.model_config, self.log, device)
             return on_shards(
                 skeleton, self.config, self.model_config, TrajectoryLog(self.log.path, layout.group), device
             )
@@ -256,6 +259,17 @@ class UnlearningRun(AskedRun):
         return StepProgress(name, *span, self.progress, self.tracker.listeners)
 
 
+def warn_of_unfinished(log: TrajectoryLog) -> None:
+    """Says so where a log is known not to reach the end of its run. Local."""
+    if log.num_steps not in log.snapshots:
+        logger.warning(
+            "%s has no snapshot of its end, step %d: its run was cut off or still runs, and what is corrected is the model "
+            "after that step, not the one that the run would end with",
+            log.path,
+            log.num_steps,
+        )
+
+
 def unlearn(config: Config, runtime: Runtime, tracker: Tracker | None = None, ends: bool = True) -> dict[str, Any]:
     """Runs a request to the end and leaves `output_dir`; returns what result.json holds. Collective.
 
@@ -273,6 +287,7 @@ def unlearn(config: Config, runtime: Runtime, tracker: Tracker | None = None, en
 def _unlearn(run: UnlearningRun, ends: bool) -> dict[str, Any]:
     config, runtime, tau = run.config, run.runtime, run.log.num_steps
     theta = run.log.theta(tau)
+    warn_of_unfinished(run.log)
     with promoted(run.output_dir) as part:
         first, *others = run.methods()
         main = run.compute(first, theta) if run.units is None else run.correct_units(first)
