@@ -30,8 +30,9 @@ from lmc_dist.audit.keys import keygen
 from lmc_dist.config import Config, LogConfig, OnlineConfig
 from lmc_dist.errors import LmcError
 from lmc_dist.evaluate.distance import relative_error
+from lmc_dist.online.asked import Relearning
 from lmc_dist.online.ledger import CHAIN_FILE, Ledger
-from lmc_dist.online.service import OnlineUnlearning, Relearning
+from lmc_dist.online.service import OnlineUnlearning
 from lmc_dist.online.verify import verify_books
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.trajectory.batches import DatasetBatches

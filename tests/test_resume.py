@@ -157,7 +157,9 @@ REFUSED: dict[str, Any] = {
     "is of another run .storage differ.": lambda c: replace(c, log=replace(c.log, storage="full")),
     "is of another run .save_interval differ.": lambda c: replace(c, log=replace(c.log, save_interval=2)),
     "data.people=3, not 4": lambda c: replace(c, data=replace(c.data, people=4)),
-    "model.attn_implementation=None, not eager": lambda c: replace(c, model=replace(c.model, attn_implementation="eager")),
+    "model.attn_implementation=None, not eager": lambda c: replace(
+        c, model=replace(c.model, attn_implementation="eager")
+    ),
     "model.config=": lambda c: replace(c, model=replace(c.model, config={**LLAMA, "hidden_size": 16})),
     "resume continues the log in log_dir, overwrite removes it": lambda c: replace(c, overwrite=True),
 }

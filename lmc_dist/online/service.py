@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from lmc_dist.audit.chain import AuditChain
 from lmc_dist.audit.digests import salted_digest
 from lmc_dist.config import OnlineSettings
 from lmc_dist.digest import json_digest
-from lmc_dist.errors import LmcError, shorten
+from lmc_dist.errors import LmcError
+from lmc_dist.online.asked import Asked, Relearning, companions, counterfactual, unknown_batches
 from lmc_dist.online.ledger import ANSWERED, CHAIN_FILE, Ledger, Request, Status
 from lmc_dist.online.live import LiveRun
 from lmc_dist.online.settings import check_settings
 from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.trajectory.batches import BatchSource
-from lmc_dist.trajectory.counterfactual import Counterfactual
 from lmc_dist.trajectory.edits import LogEdit, first_touched, read_edits, union, with_open_edits
 from lmc_dist.trajectory.files import MANIFEST_FILE, ledger_folder
 from lmc_dist.trajectory.logger import TrainingLogger
@@ -47,36 +47,6 @@ from lmc_dist.trajectory.snapshots import snapshot_steps
 from lmc_dist.trajectory.store import TrajectoryLog
 
 logger = logging.getLogger("lmc_dist")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request as all ranks know it: its digests, and the ids among them that training knows."""
-
-    request: Request
-    sample_ids: tuple[int, ...] = ()
-
-
-@dataclass
-class Relearning:
-    """Companions of the batches that an edit removed, on their way back into training.
-
-    Attributes:
-        step: That is next.
-        waiting: Samples that no step has taken up yet.
-    """
-
-    step: int
-    waiting: list[int]
-
-    def take(self, step: int, own: Collection[int], count: int) -> list[int]:
-        """What a step takes up beside its own samples; steps in between that were not asked for had no such samples."""
-        taken: list[int] = []
-        while self.step <= step:
-            taken = [i for i in self.waiting if self.step < step or i not in own][:count]
-            self.waiting = [i for i in self.waiting if i not in taken]
-            self.step += 1
-        return taken
 
 
 class OnlineUnlearning:
@@ -336,48 +306,6 @@ def certificate(figures: Mapping[str, Any]) -> dict[str, Any]:
     if figures.get("exact"):
         return {"basis": "exact", "bound": 0.0}
     return {"basis": "none", "bound": None}
-
-
-def unknown_batches(request: Request, records: Iterable[StepRecord]) -> str | None:
-    """Why a request's batches cannot be taken back; None where they can. Pure."""
-    unknown = sorted(set(request.batches) - {record.batch_id for record in records})
-    return f"{len(unknown)} batches are not in the log: {shorten(unknown)}" if unknown else None
-
-
-def counterfactual(one: Asked, records: Sequence[StepRecord]) -> Counterfactual:
-    """What a request leaves out of the run so far: samples, or the batches that held them. Pure."""
-    ids = frozenset(one.sample_ids)
-    if one.request.unit == "sample" and ids:
-        return Counterfactual("renormalize", ids)
-    held = {record.batch_id for record in records if not ids.isdisjoint(record.sample_ids)}
-    return (
-        Counterfactual("skip", batch_ids=frozenset(one.request.batches) | held)
-        if held or one.request.batches
-        else NOTHING
-    )
-
-
-NOTHING = Counterfactual("skip", batch_ids=frozenset({-1}))  # touches no step
-
-
-def companions(
-    seen: Sequence[Asked], records: Sequence[StepRecord], removed: Collection[int] = frozenset()
-) -> list[int]:
-    """Samples that lay in the removed batches beside those that are forgotten, as training met them. Pure.
-
-    Args:
-        seen: The requests.
-        records: Of the steps so far.
-        removed: Batches that earlier requests took back, whose companions have been taken up again since or wait for it.
-            Where a step that took them up is itself removed now, they are companions of that step.
-    """
-    found: dict[int, None] = {}
-    for one in seen:
-        ids = set(one.sample_ids)
-        if one.request.unit == "batch":
-            batches = {record.batch_id for record in records if not ids.isdisjoint(record.sample_ids)} - set(removed)
-            found |= dict.fromkeys(i for r in records if r.batch_id in batches for i in r.sample_ids)
-    return list(found)
 
 
 def open_books(log_dir: str | Path, settings: OnlineSettings, is_new: bool) -> tuple[Ledger, AuditChain]:

@@ -23,7 +23,8 @@ from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.vector import dots
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import edit_step
-from lmc_dist.trajectory.replay import replay_engine, run_step
+from lmc_dist.trajectory.repeat import run_step
+from lmc_dist.trajectory.replay import replay_engine
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.unlearn.path import TrainingPath
 from lmc_dist.unlearn.source import micro_batches

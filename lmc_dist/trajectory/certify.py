@@ -13,7 +13,12 @@ import torch
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.engines import EngineShards
+from lmc_dist.shards.precision import IEEE, float32_matmuls
+from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.counterfactual import edit_step
 from lmc_dist.trajectory.record import StepRecord
+from lmc_dist.trajectory.repeat import can_be_exact, check_reproduced, run_step, stand_at, warm_up
+from lmc_dist.trajectory.store import TrajectoryLog
 
 # How far the norm of a step's gradient may be from the logged one: float32 sums in another order are off by 1e-6 of it, in
 # 16 bits by some of its roundings. A regulariser, noise or other data change it by more (docs/engines.md).
@@ -44,3 +49,55 @@ def not_training(step: int, found: str) -> str:
         "loss function of one's own), inputs beside tokens and mask, or weights changed outside the optimizer are not in the "
         "log, and no correction knows of them; `lmc log doctor` tells whether it is the data"
     )
+
+
+def begin(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int, is_silent: bool) -> int:
+    """Stands an engine at a snapshot to repeat what follows; gradients that took. Collective.
+
+    Args:
+        shards: Of the engine.
+        log: The logged run.
+        batches: Samples by id.
+        start: The snapshot.
+        is_silent: Whether no step that follows is repeated as it was, whose checksum would tell that this is another run.
+
+    Raises:
+        LmcError: Engine, model or data are not training's.
+    """
+    stand_at(shards, log, start)
+    if 0 < start < log.num_steps:
+        warm_up(shards, log, batches, start)
+    if start == log.num_steps or (start == 0 and shards.first_differs):
+        return 0
+    if not is_silent and can_be_exact(shards, log.manifest.segment(start)):
+        return 0
+    taken = certify(shards, log, batches, start)
+    stand_at(shards, log, start)
+    return int(taken)
+
+
+def certify(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int) -> bool:
+    """Takes the first step from a snapshot on as training took it, and compares; whether there was one. Collective.
+
+    The engine stands at the snapshot, and behind the step afterwards.
+
+    Raises:
+        LmcError: The step comes out otherwise: engine, model or data are not training's.
+    """
+    record = next((log.record(step) for step in range(start, log.num_steps) if log.record(step).applied), None)
+    if record is None or any(start < step <= record.step for step in log.edits):
+        return False
+    normalization = log.manifest.loss_normalization
+    edited = edit_step(record, None, normalization, batches.num_targets)
+    is_exact = can_be_exact(shards, log.manifest.segment(record.step))
+    undo = (lambda: None) if is_exact else shards.watch(lambda: None, lambda: None, False)  # which tells the norm
+    try:
+        with float32_matmuls(log.manifest.segment(record.step).run.get("matmul", IEEE)):
+            run_step(shards, edited, batches, normalization)
+    finally:
+        undo()
+    if is_exact:
+        check_reproduced(shards, record)
+    else:
+        check_norm(shards, record, shards.grad_norm)
+    return True

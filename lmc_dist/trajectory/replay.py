@@ -15,25 +15,22 @@ from typing import Any
 import torch
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.checksum import checksum
-from lmc_dist.shards.engines import EngineShards, engine_shards
+from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine, engine_here
 from lmc_dist.shards.engines.driven import NUMERIC
-from lmc_dist.shards.module import set_rng_state
 from lmc_dist.shards.precision import IEEE, float32_matmuls
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BLANK, BatchSource, blank_rows, empty_rows, logged_batch
-from lmc_dist.trajectory.certify import check_norm
-from lmc_dist.trajectory.counterfactual import Counterfactual, EditedStep, edit_step
+from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.certify import begin
+from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.edits import LogEdit, first_touched, with_open_edits
 from lmc_dist.trajectory.reader import FLOATS
-from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
+from lmc_dist.trajectory.record import Segment, TrajectoryManifest
+from lmc_dist.trajectory.repeat import can_be_exact, check_reproduced, run_step, stand_at, warm_up
 from lmc_dist.trajectory.replay_marks import Reached, ReplayMarks
 from lmc_dist.trajectory.store import TrajectoryLog
 from lmc_dist.update_rules.settings import DEEPSPEED_ADAM
-
-FILLER_TOKENS = 8  # of an empty row, where nothing says how many it had
 
 
 @dataclass(frozen=True)
@@ -115,58 +112,6 @@ def replay(
     return ReplayResult(relayout(shards.read(), log.layout), steps, verified, exact)
 
 
-def begin(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int, is_silent: bool) -> int:
-    """Stands an engine at a snapshot to repeat what follows; gradients that took. Collective.
-
-    Args:
-        shards: Of the engine.
-        log: The logged run.
-        batches: Samples by id.
-        start: The snapshot.
-        is_silent: Whether no step that follows is repeated as it was, whose checksum would tell that this is another run.
-
-    Raises:
-        LmcError: Engine, model or data are not training's.
-    """
-    stand_at(shards, log, start)
-    if 0 < start < log.num_steps:
-        warm_up(shards, log, batches, start)
-    if start == log.num_steps or (start == 0 and shards.first_differs):
-        return 0
-    if not is_silent and can_be_exact(shards, log.manifest.segment(start)):
-        return 0
-    taken = certify(shards, log, batches, start)
-    stand_at(shards, log, start)
-    return int(taken)
-
-
-def certify(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int) -> bool:
-    """Takes the first step from a snapshot on as training took it, and compares; whether there was one. Collective.
-
-    The engine stands at the snapshot, and behind the step afterwards.
-
-    Raises:
-        LmcError: The step comes out otherwise: engine, model or data are not training's.
-    """
-    record = next((log.record(step) for step in range(start, log.num_steps) if log.record(step).applied), None)
-    if record is None or any(start < step <= record.step for step in log.edits):
-        return False
-    normalization = log.manifest.loss_normalization
-    edited = edit_step(record, None, normalization, batches.num_targets)
-    is_exact = can_be_exact(shards, log.manifest.segment(record.step))
-    undo = (lambda: None) if is_exact else shards.watch(lambda: None, lambda: None, False)  # which tells the norm
-    try:
-        with float32_matmuls(log.manifest.segment(record.step).run.get("matmul", IEEE)):
-            run_step(shards, edited, batches, normalization)
-    finally:
-        undo()
-    if is_exact:
-        check_reproduced(shards, record)
-    else:
-        check_norm(shards, record, shards.grad_norm)
-    return True
-
-
 def first_change(log: TrajectoryLog, counterfactual: Counterfactual) -> tuple[Counterfactual, dict[int, LogEdit], int]:
     """(what is left out, earlier corrections that it reaches past, first step that changes; else their number). Local.
 
@@ -188,46 +133,6 @@ def replay_start(log: TrajectoryLog, first: int) -> int:
     if start == first and start > log.first_step and start not in log.edits:
         start = log.nearest_snapshot(start - 1)  # some unchanged steps, whose checksums certify the rest
     return start
-
-
-def check_reproduced(shards: EngineShards, record: StepRecord) -> None:
-    """Checks that an engine that has repeated a step holds the weights that training had after it. Collective.
-
-    Raises:
-        LmcError: It does not.
-    """
-    if checksum(shards.read()) != record.checksum:
-        raise LmcError(
-            f"replay of step {record.step} does not reproduce its checksum: other hardware, thread count, package versions, "
-            "attention kernel (model.attn_implementation) or engine settings than in training (see manifest.json), other "
-            "data or frozen parameters, or a loss that was not the model's own alone (a regulariser, noise, label smoothing)"
-        )
-
-
-def stand_at(shards: EngineShards, log: TrajectoryLog, step: int) -> None:
-    """Sets an engine's weights and optimizer state to those of a snapshot. Collective."""
-    vectors, scalars = log.snapshot(step)
-    shards.write(relayout(vectors.pop("theta"), shards.layout))
-    shards.write_state({key: relayout(vector, shards.layout) for key, vector in vectors.items()}, scalars)
-
-
-def can_be_exact(shards: EngineShards, segment: Segment) -> bool:
-    """Whether the engine rounds as the one did that ran a segment. Local.
-
-    Not in float16 under DeepSpeed: gradients then depend on the loss scale, which is its own.
-    """
-    same = (shards.name, shards.layout.world_size) == (segment.engine, segment.world_size)
-    return same and (torch.float16 not in (shards.dtype, shards.autocast) or hasattr(shards, "replay_scale"))
-
-
-def warm_up(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, start: int) -> None:
-    """Readies a fresh engine to go on in the middle of a run; weights, state and random numbers stay. Collective."""
-    ids = next(
-        (m.sample_ids for s in range(start, log.num_steps) for m in log.record(s).micro_batches if m.sample_ids), ()
-    )
-    if ids:
-        inputs, labels = batches.inputs(ids[:1])
-        shards.warm_up(blank_rows({**inputs, "labels": labels}, [0]))
 
 
 def logged_optimizer(model: torch.nn.Module, manifest: TrajectoryManifest) -> torch.optim.Optimizer:
@@ -339,76 +244,3 @@ def deepspeed_settings(logged: dict[str, Any], engine: str, max_grad_norm: float
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-
-
-def run_step(
-    shards: EngineShards,
-    edited: EditedStep,
-    batches: BatchSource,
-    normalization: str,
-    attempt: Callable[[], None] | None = None,
-) -> None:
-    """One optimizer step of the engine on the edited step's passes. Collective.
-
-    The logged passes are dealt out to the present ranks in order; ranks left without one run a pass without samples.
-
-    Args:
-        shards: Of the engine.
-        edited: The step.
-        batches: Samples by id.
-        normalization: The manifest's `loss_normalization`.
-        attempt: For a logger that watches: called before the passes, also where float16 overflowed and they are run
-            again; every batch then has the field `index`.
-    """
-    for group, lr in zip(shards.param_groups, edited.record.lr, strict=True):
-        group["lr"] = lr
-    if hasattr(shards, "replay_scale"):  # DeepSpeed brings its own
-        shards.replay_scale = edited.record.loss_scale
-    shards.module.train()
-    is_done = False
-    while not is_done:
-        if attempt is not None:
-            attempt()
-        _run_passes(shards, edited, batches, normalization, attempt is not None)
-        is_done = shards.step()
-
-
-def _run_passes(
-    shards: EngineShards, edited: EditedStep, batches: BatchSource, normalization: str, is_indexed: bool
-) -> None:
-    rank, world_size = shards.layout.rank, shards.layout.world_size
-    passes = edited.micro_batches
-    rounds = -(-len(passes) // world_size)
-    is_dealt_as_logged = len(passes) == rounds * world_size and all(
-        (p.record.micro_step, p.record.rank) == divmod(i, world_size) for i, p in enumerate(passes)
-    )
-    for i in range(rounds):
-        position = i * world_size + rank
-        micro = passes[position] if position < len(passes) else None
-        if micro is None or not micro.record.sample_ids:  # a filler: no sample, no target
-            rows, width = (1, None) if micro is None else (len(micro.record.blanks) or 1, micro.record.width)
-            inputs, labels = empty_rows(rows, width or FILLER_TOKENS, shards.device)
-            num_items, scale = max((p.denominator for p in passes), default=0.0) or 1.0, float(world_size)
-        else:
-            # As training empties them: attention takes another path where a row is shorter than the others.
-            dropped = [row for row, keep in enumerate(micro.kept) if not keep]
-            inputs, labels = logged_batch(micro.record, batches, dropped)
-            num_items = micro.denominator
-            if normalization == "micro_batch_token_mean":
-                num_items /= len(passes)
-            scale = world_size * num_items / micro.denominator
-        if is_indexed:
-            inputs["index"] = torch.tensor([BLANK] * len(labels) if micro is None else row_ids(micro.record))
-        if micro is not None and micro.record.random_state is not None:
-            state = torch.frombuffer(bytearray(micro.record.random_state), dtype=torch.uint8)
-            set_rng_state(state, shards.device)
-        is_last = i == rounds - 1
-        is_local = micro is not None and micro.record.is_local if is_dealt_as_logged else not is_last
-        shards.run_pass({**inputs, "labels": labels}, num_items, scale, is_last, is_local)
-
-
-def row_ids(record: MicroRecord) -> list[int]:
-    """The sample of each row of a pass, BLANK for an empty one; one empty row for a filler without any. Pure."""
-    ids = iter(record.sample_ids)
-    rows = len(record.sample_ids) + len(record.blanks)
-    return [BLANK if row in record.blanks else next(ids) for row in range(rows)] or [BLANK]

@@ -18,6 +18,7 @@ from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, broadcast_object
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.trajectory.batches import BatchSource
+from lmc_dist.trajectory.certify import begin
 from lmc_dist.trajectory.counterfactual import Counterfactual, edit_step
 from lmc_dist.trajectory.edits import EDIT_FILE, LogEdit
 from lmc_dist.trajectory.exchange import this_rank
@@ -25,7 +26,7 @@ from lmc_dist.trajectory.files import fsync_path, rank_file, step_folder
 from lmc_dist.trajectory.lock import LogLock, require_free
 from lmc_dist.trajectory.manifest import write_manifest
 from lmc_dist.trajectory.record import StepRecord, TrajectoryManifest
-from lmc_dist.trajectory.replay import begin, can_be_exact, check_reproduced, warm_up
+from lmc_dist.trajectory.repeat import can_be_exact, check_reproduced, warm_up
 from lmc_dist.trajectory.rewrite_logger import RewriteLogger, taken_over
 from lmc_dist.trajectory.rewrite_plan import How, RewritePlan, plan_rewrite, rewritten_manifest
 from lmc_dist.trajectory.sealed import require_plain, write_sealed

@@ -12,7 +12,7 @@ from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedMicro, EditedStep
 from lmc_dist.trajectory.logger import TrainingLogger, _Attached, package_versions, rates
 from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
-from lmc_dist.trajectory.replay import run_step
+from lmc_dist.trajectory.repeat import run_step
 from lmc_dist.trajectory.rewritten import KEY
 
 
