@@ -72,7 +72,7 @@ def open_database(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
                 raise LmcError(f"{path} is damaged: its tables are not those of a log")
             connection.row_factory = sqlite3.Row
             yield connection
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter where a message quotes what is damaged
         raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -88,7 +88,7 @@ def holds_nothing(path: Path) -> bool:
     try:
         with closing(_connect(path)) as connection:
             return not _objects(connection)
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter where a message quotes what is damaged
         raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
 
 
