@@ -60,6 +60,11 @@ class ModelConfig:
     dropout: float | None = None
     trainable: str | None = None
 
+    @property
+    def attention(self) -> str:
+        """The attention kernel where there is no log that says one."""
+        return self.attn_implementation or "sdpa"
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -100,6 +100,12 @@ def check_launched(environment: Mapping[str, str]) -> None:
         )
 
 
+def local_ranks() -> int:
+    """Ranks of the job on this host, as far as its launcher says; else all of them. Local."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((value for name in names if (value := os.environ.get(name))), 1))
+
+
 def set_threads(use_cuda: bool) -> None:
     """Gives this rank its share of the host's cores, unless OMP_NUM_THREADS says otherwise. Local.
 
@@ -109,8 +115,7 @@ def set_threads(use_cuda: bool) -> None:
     given = os.environ.get("OMP_NUM_THREADS")
     if given is not None and not (use_cuda and given == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
 
 
 def keep_freed_memory() -> None:

@@ -144,14 +144,13 @@ def build_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.M
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    attention = config.attn_implementation or "sdpa"
     with attention_refused():
         if config.path is not None:
             model = AutoModelForCausalLM.from_pretrained(
-                config.path, config=model_config, attn_implementation=attention, dtype=torch.float32
+                config.path, config=model_config, attn_implementation=config.attention, dtype=torch.float32
             )
         else:
-            model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(model_config, attn_implementation=config.attention)
     freeze(model, config.trainable)
     return model
 

@@ -21,6 +21,15 @@ DEEPSPEED = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }
+# Arguments of a Trainer that leaves nothing behind but the log.
+QUIET: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 ENGINES: dict[str, dict[str, Any] | None] = {
     "deepspeed-zero3": DEEPSPEED | {"zero_optimization": {"stage": 3}},
     "deepspeed-zero2": DEEPSPEED | {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
@@ -214,12 +223,7 @@ def single_trainer(
         "num_train_epochs": 1,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "cosine",
-        "remove_unused_columns": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
     }
     return (OwnLoss if loss == "own" else Trainer)(
         model=build_model(config.model, build_config(config.model, tokenizer), seed=0),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from test_trainer import ENGINES
+from test_trainer import ENGINES, QUIET
 from test_zero3 import small_config
 
 import lmc_dist
@@ -64,12 +64,7 @@ def arguments(folder: Path, engine: str, **changes: Any) -> Any:
         "optim": "sgd",
         "learning_rate": 0.1,
         "max_grad_norm": 0.0,
-        "remove_unused_columns": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
         "bf16": engine == "deepspeed-zero2",
         "deepspeed": None if engine == "single" else deepspeed(engine),
     }

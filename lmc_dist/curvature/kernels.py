@@ -335,9 +335,8 @@ def _configured(module: nn.Module, written_out: bool) -> Iterator[None]:
     if written_out or swap:
         tell(configured)
     if swap:
-        capped = (
-            getattr(config, "attn_logit_softcapping", None) is not None
-        )  # scaled-dot-product attention would leave it out
+        # scaled-dot-product attention would leave the cap out
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
         config._attn_implementation = "eager" if capped else "sdpa"  # type: ignore[union-attr]
     try:
         yield

@@ -118,9 +118,7 @@ class Planner:
         engine_name(config.train, plan.world_size)
         self.dataset: SampleDataset
         self.dataset, tokenizer = build_dataset(config)
-        self.skeleton = build_skeleton(
-            build_config(config.model, tokenizer), "cpu", config.model.attn_implementation or "sdpa"
-        )
+        self.skeleton = build_skeleton(build_config(config.model, tokenizer), "cpu", config.model.attention)
         freeze(self.skeleton, config.model.trainable)
         train = config.train
         self.schedule = Schedule(self.dataset.ids, train.batch_size, train.epochs, train.max_steps, train.seed)

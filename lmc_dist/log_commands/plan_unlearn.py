@@ -146,10 +146,8 @@ def meta_model(config: Config) -> torch.nn.Module:
     if config.model.config is not None and "vocab_size" in config.model.config:
         tokenizer = _NoTokenizer(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model_config = build_config(config.model, build_tokenizer(config) if tokenizer is None else tokenizer)
-    with torch.device("meta"):
-        attention = config.model.attn_implementation or "sdpa"  # there is no log
-        with attention_refused():
-            model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
+    with torch.device("meta"), attention_refused():
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=config.model.attention)
     freeze(model, config.model.trainable)
     return model
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lmc_dist.runtime import Runtime, check_launched
+from lmc_dist.runtime import Runtime, check_launched, set_threads
 
 TIMEOUT = timedelta(hours=12)  # one rank may read for as long as another waits
 
@@ -21,9 +21,7 @@ def join_ranks() -> Runtime:
     logging.getLogger("lmc_dist").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     if world_size > 1 and not dist.is_initialized():
         check_launched(os.environ)
-        if "OMP_NUM_THREADS" not in os.environ:  # ranks that share cores slow each other down
-            local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        set_threads(use_cuda=False)
         dist.init_process_group("gloo", timeout=TIMEOUT)
     return Runtime(rank, world_size, torch.device("cpu"))
 

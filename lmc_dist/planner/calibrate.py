@@ -148,9 +148,9 @@ def _engine(
         began = time.perf_counter()
         engine = replay_engine(model(), log)
         shards = engine_shards(engine)
-        run_step(shards, edited, batches, log.manifest.loss_normalization)
+        run_step(shards, edited, batches, log.manifest)
         start = _agreed(time.perf_counter() - began)
-        again = timed(lambda: run_step(shards, edited, batches, log.manifest.loss_normalization), 1.0)
+        again = timed(lambda: run_step(shards, edited, batches, log.manifest), 1.0)
         engine.destroy()
         return again, start, f"the engine's step was timed on {facts.engine}"
     logged = broadcast_object(_training_seconds(log))

@@ -9,14 +9,11 @@ from typing import Protocol
 import torch
 from torch.nn.functional import pad
 
-from lmc_dist.data import SampleDataset, collate
+from lmc_dist.data import IGNORED, SampleDataset, collate
 from lmc_dist.errors import LmcError, shorten
 from lmc_dist.trajectory.record import MicroRecord
 
-IGNORED = -100
 BLANK = -1  # `index` of a row without a sample
-
-
 # What the model sees of a sample.
 BATCH_INPUTS = ("input_ids", "attention_mask", "labels")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lmc_dist.errors import LmcError
+from lmc_dist.shards.engines.wrappers import alive
 from lmc_dist.trajectory.logger import TrainingLogger
 
 logger = logging.getLogger("lmc_dist")
@@ -85,8 +85,10 @@ def find_trainer(callback: TrainerCallback) -> Any:
     module = sys.modules.get("transformers.trainer")
     if module is None:
         return None
-    trainers = (o for o in gc.get_objects() if issubclass(type(o), module.Trainer))
-    return next((t for t in trainers if callback in getattr(vars(t).get("callback_handler"), "callbacks", ())), None)
+    return next(
+        (t for t in alive(module.Trainer) if callback in getattr(vars(t).get("callback_handler"), "callbacks", ())),
+        None,
+    )
 
 
 def check_arguments(args: TrainingArguments, trainer: Any = None) -> None:

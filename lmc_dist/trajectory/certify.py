@@ -13,7 +13,6 @@ import torch
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement
 from lmc_dist.shards.engines import EngineShards
-from lmc_dist.shards.precision import IEEE, float32_matmuls
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import edit_step
 from lmc_dist.trajectory.record import StepRecord
@@ -21,7 +20,7 @@ from lmc_dist.trajectory.repeat import can_be_exact, check_reproduced, run_step,
 from lmc_dist.trajectory.store import TrajectoryLog
 
 # How far the norm of a step's gradient may be from the logged one: float32 sums in another order are off by 1e-6 of it, in
-# 16 bits by some of its roundings. A regulariser, noise or other data change it by more (docs/engines.md).
+# 16 bits by some of its roundings. A regulariser, noise or other data change it by more (docs/method.md §5).
 PRECISE, COARSE = 1e-3, 5e-2
 
 
@@ -31,7 +30,7 @@ def check_norm(shards: EngineShards, record: StepRecord, norm: float | None) -> 
     Raises:
         LmcError: It is another one.
     """
-    is_coarse = torch.float32 not in (shards.dtype,) or shards.autocast is not None
+    is_coarse = shards.dtype in (torch.bfloat16, torch.float16) or shards.autocast is not None
     allowed = COARSE if is_coarse else PRECISE
     logged = record.grad_norm
     with agreement(shards.layout.group):
@@ -87,13 +86,11 @@ def certify(shards: EngineShards, log: TrajectoryLog, batches: BatchSource, star
     record = next((log.record(step) for step in range(start, log.num_steps) if log.record(step).applied), None)
     if record is None or any(start < step <= record.step for step in log.edits):
         return False
-    normalization = log.manifest.loss_normalization
-    edited = edit_step(record, None, normalization, batches.num_targets)
+    edited = edit_step(record, None, log.manifest.loss_normalization, batches.num_targets)
     is_exact = can_be_exact(shards, log.manifest.segment(record.step))
     undo = (lambda: None) if is_exact else shards.watch(lambda: None, lambda: None, False)  # which tells the norm
     try:
-        with float32_matmuls(log.manifest.segment(record.step).run.get("matmul", IEEE)):
-            run_step(shards, edited, batches, normalization)
+        run_step(shards, edited, batches, log.manifest)
     finally:
         undo()
     if is_exact:

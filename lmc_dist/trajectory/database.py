@@ -63,17 +63,13 @@ def open_database(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
     Raises:
         LmcError: It is missing, damaged, or holds anything but the schema's tables.
     """
-    check_files(path)
-    try:
-        with closing(_connect(path)) as connection:
-            for setting in ("trusted_schema = OFF", "cell_size_check = ON", "query_only = ON"):
-                connection.execute(f"PRAGMA {setting}")
-            if _objects(connection) != _made_by(schema):
-                raise LmcError(f"{path} is damaged: its tables are not those of a log")
-            connection.row_factory = sqlite3.Row
-            yield connection
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter where a message quotes what is damaged
-        raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
+    with _connected(path) as connection:
+        for setting in ("trusted_schema = OFF", "cell_size_check = ON", "query_only = ON"):
+            connection.execute(f"PRAGMA {setting}")
+        if _objects(connection) != _made_by(schema):
+            raise LmcError(f"{path} is damaged: its tables are not those of a log")
+        connection.row_factory = sqlite3.Row
+        yield connection
 
 
 def holds_nothing(path: Path) -> bool:
@@ -84,12 +80,8 @@ def holds_nothing(path: Path) -> bool:
     """
     if not path.exists() or not path.stat().st_size:
         return True
-    check_files(path)
-    try:
-        with closing(_connect(path)) as connection:
-            return not _objects(connection)
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter where a message quotes what is damaged
-        raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
+    with _connected(path) as connection:
+        return not _objects(connection)
 
 
 def ensure_tables(connection: sqlite3.Connection, schema: str, path: Path) -> None:
@@ -107,6 +99,17 @@ def ensure_tables(connection: sqlite3.Connection, schema: str, path: Path) -> No
         connection.execute(schema)
     elif found != _made_by(schema):
         raise LmcError(f"{path} is damaged: its tables are not those that are expected")
+
+
+@contextmanager
+def _connected(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to a checked file; what SQLite finds wrong with it in the block is damage."""
+    check_files(path)
+    try:
+        with closing(_connect(path)) as connection:
+            yield connection
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter where a message quotes what is damaged
+        raise LmcError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
 
 
 def _connect(path: Path) -> sqlite3.Connection:

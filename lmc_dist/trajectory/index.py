@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from lmc_dist.data import IGNORED
 from lmc_dist.errors import LmcError
-from lmc_dist.trajectory.batches import BLANK, IGNORED
+from lmc_dist.trajectory.batches import BLANK
 
 
 def read_index(index: Any, inputs: Mapping[str, torch.Tensor]) -> list[int]:

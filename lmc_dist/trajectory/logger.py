@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lmc_dist.data import IGNORED
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agree, agreement
 from lmc_dist.shards.checksum import bit_sum
@@ -54,7 +55,6 @@ from lmc_dist.trajectory.writer import LogWriter
 
 STORED_DTYPES = ("float32", "bfloat16")
 AUTOCAST_DTYPES = ("bfloat16", "float16")
-IGNORED = -100
 
 
 @dataclass

@@ -10,10 +10,11 @@ from lmc_dist.errors import LmcError
 from lmc_dist.shards.checksum import checksum
 from lmc_dist.shards.engines import EngineShards
 from lmc_dist.shards.module import set_rng_state
+from lmc_dist.shards.precision import IEEE, float32_matmuls
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.trajectory.batches import BLANK, BatchSource, blank_rows, empty_rows, logged_batch
 from lmc_dist.trajectory.counterfactual import EditedStep
-from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord
+from lmc_dist.trajectory.record import MicroRecord, Segment, StepRecord, TrajectoryManifest
 from lmc_dist.trajectory.store import TrajectoryLog
 
 FILLER_TOKENS = 8  # of an empty row, where nothing says how many it had
@@ -63,7 +64,7 @@ def run_step(
     shards: EngineShards,
     edited: EditedStep,
     batches: BatchSource,
-    normalization: str,
+    manifest: TrajectoryManifest,
     attempt: Callable[[], None] | None = None,
 ) -> None:
     """One optimizer step of the engine on the edited step's passes. Collective.
@@ -74,7 +75,7 @@ def run_step(
         shards: Of the engine.
         edited: The step.
         batches: Samples by id.
-        normalization: The manifest's `loss_normalization`.
+        manifest: Of the logged run, which says how the loss was normalised and matrix products were rounded.
         attempt: For a logger that watches: called before the passes, also where float16 overflowed and they are run
             again; every batch then has the field `index`.
     """
@@ -84,11 +85,12 @@ def run_step(
         shards.replay_scale = edited.record.loss_scale
     shards.module.train()
     is_done = False
-    while not is_done:
-        if attempt is not None:
-            attempt()
-        _run_passes(shards, edited, batches, normalization, attempt is not None)
-        is_done = shards.step()
+    with float32_matmuls(manifest.segment(edited.record.step).run.get("matmul", IEEE)):
+        while not is_done:
+            if attempt is not None:
+                attempt()
+            _run_passes(shards, edited, batches, manifest.loss_normalization, attempt is not None)
+            is_done = shards.step()
 
 
 def _run_passes(

@@ -18,7 +18,6 @@ from lmc_dist.errors import LmcError
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine, engine_here
 from lmc_dist.shards.engines.driven import NUMERIC
-from lmc_dist.shards.precision import IEEE, float32_matmuls
 from lmc_dist.shards.relayout import relayout
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
@@ -89,16 +88,14 @@ def replay(
     elif 0 < at.step < log.num_steps:
         warm_up(shards, log, batches, at.step)
     steps, verified = at.steps, at.verified
-    exact = at.exact  # until a step was run in another way than this engine runs it
-    # A mark may be of another number of ranks: what is left of the run says only how this one runs it.
-    exact = exact and all(can_be_exact(shards, log.manifest.segment(step)) for step in range(start, at.step))
+    # Until a step was run in another way than this engine runs it, by the one that left the mark too.
+    exact = at.exact and all(can_be_exact(shards, log.manifest.segment(step)) for step in range(start, at.step))
     for step in range(at.step, log.num_steps):
         record = log.record(step)
         exact = exact and can_be_exact(shards, log.manifest.segment(step))
         edited = edit_step(record, counterfactual, log.manifest.loss_normalization, batches.num_targets)
         if record.applied and not edited.skipped:
-            with float32_matmuls(log.manifest.segment(step).run.get("matmul", IEEE)):
-                run_step(shards, edited, batches, log.manifest.loss_normalization)
+            run_step(shards, edited, batches, log.manifest)
             steps += 1
         if step < first or counterfactual is None:
             if exact:

@@ -293,7 +293,7 @@ def _run_steps(
             record = log.record(step)
             exact = exact and can_be_exact(shards, log.manifest.segment(step))
             edited = edit_step(record, plan.request, normalization, batches.num_targets)
-            steps += logger.take(edited, batches, normalization, step >= plan.first or edited.is_changed)
+            steps += logger.take(edited, batches, log.manifest, step >= plan.first or edited.is_changed)
             if step < plan.first and exact:
                 check_reproduced(shards, record)
                 verified += 1

@@ -67,13 +67,13 @@ class RewriteLogger(TrainingLogger):
         )
         self.manifest, self.last, self.batch_id = manifest, last, 0
 
-    def take(self, edited: EditedStep, batches: BatchSource, normalization: str, is_changed: bool) -> int:
+    def take(self, edited: EditedStep, batches: BatchSource, logged: TrajectoryManifest, is_changed: bool) -> int:
         """Runs a step without what leaves it and logs it; the gradients it took. Collective.
 
         Args:
             edited: The step.
             batches: Samples by id.
-            normalization: The other log's `loss_normalization`.
+            logged: The other log's manifest.
             is_changed: Whether it begins elsewhere than it did in the other log.
         """
         record, step = edited.record, self.step
@@ -82,7 +82,7 @@ class RewriteLogger(TrainingLogger):
         if not record.applied or edited.skipped:
             self._record_idle(attached, idle_record(edited, is_changed))
             return 0
-        run_step(attached.shards, edited, batches, normalization, attempt=lambda: self._begin(attached))
+        run_step(attached.shards, edited, batches, logged, attempt=lambda: self._begin(attached))
         if self.step == step:  # the engine left it out: its gradient overflowed
             self._register(attached, record.batch_id, rates(attached.shards), None, applied=False)
         return 1

@@ -70,8 +70,9 @@ def run_lmcleaner_batch_unlearning(
     """
     request = make_request(batch_ids=forget_batch_ids)
     hvp = HVPConfig(hessian_mode, damping)
-    where = model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer
-    return _run(*where, replay_head, update)
+    return _run(
+        model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer, replay_head, update
+    )
 
 
 def run_lmcleaner_sample_unlearning(
@@ -109,8 +110,9 @@ def run_lmcleaner_sample_unlearning(
     """
     request = make_request(sample_ids=forget_sample_ids, kind=counterfactual)
     hvp = HVPConfig(hessian_mode, damping)
-    where = model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer
-    return _run(*where, replay_head, update)
+    return _run(
+        model, training_log_dir, request, K, hvp, output_dir, dataset, apply_immediately, tokenizer, replay_head, update
+    )
 
 
 def _run(

@@ -21,8 +21,8 @@ from lmc_dist.runtime import agreement
 from lmc_dist.shards.module import ShardedModule
 from lmc_dist.shards.precision import IEEE
 from lmc_dist.shards.vector import ShardedVector
+from lmc_dist.trajectory import certify
 from lmc_dist.trajectory.batches import BatchSource
-from lmc_dist.trajectory.certify import not_training
 from lmc_dist.trajectory.counterfactual import edit_step
 from lmc_dist.trajectory.record import TIERS, StepRecord, Trajectory, TrajectoryManifest
 from lmc_dist.unlearn.source import micro_batches, share
@@ -56,8 +56,9 @@ COMPUTED = Tolerance(1e-4, 1e-2)
 # Training computed in 16 bits, the gradient here is of float32: measured 0.015 in the first 35 steps from a snapshot, 0.037
 # in 140 (bfloat16, AdamW, momentum); without the floor 0.084.
 COARSE = Tolerance(0.1, 0.1)
-# How far the norm of a gradient computed here may be from the logged one for it to be training's; see `trajectory.certify`.
-NORM, COARSE_NORM = 1e-2, 5e-2
+# How far the norm of a gradient computed in float32 may be from the logged one for it to be training's; `certify.COARSE` where
+# training computed in 16 bits.
+NORM = 1e-2
 
 
 def logs_gradients(manifest: TrajectoryManifest) -> bool:
@@ -240,14 +241,14 @@ class TrainingPath:
         optimizer = self.trajectory.manifest.optimizer["class"]
         logged, norm = record.grad_norm, math.sqrt(g)
         told = "" if logged is None else f", the logged one {logged:.6g}"
-        allowed = COARSE_NORM if trained_coarsely(self.trajectory.manifest, step) else NORM
+        allowed = certify.COARSE if trained_coarsely(self.trajectory.manifest, step) else NORM
         if (
             logged is not None
             and not logs_gradients(self.trajectory.manifest)
             and not abs(norm - logged) <= allowed * logged
         ):
             off = f"its gradient has norm {norm:.6g}{told}, and the update is off by {math.sqrt(error):.3g} of {math.sqrt(moved):.3g}"
-            raise LmcError(not_training(step, off))
+            raise LmcError(certify.not_training(step, off))
         raise LmcError(
             f"step {step}: the update rule of {optimizer} does not give the logged step: off by {math.sqrt(error):.3g} of an "
             f"update of norm {math.sqrt(moved):.3g} ({tolerance.relative:g} of it is allowed); its gradient has norm "

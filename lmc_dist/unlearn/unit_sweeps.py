@@ -139,9 +139,9 @@ class _Pass:
         keep_marks: bool,
         head: Head | None,
     ) -> None:
-        self.head = head
         self.problem, self.units, self.folder, self.total, self.progress = problem, units, folder, total, progress
         self.layout, self.mark_every, self.keep_marks = problem.trajectory.layout, mark_every, keep_marks
+        self.head = head
         digest = hashlib.blake2b("\n".join(unit.name for unit in units).encode(), digest_size=8).hexdigest()
         self.own = folder / "passes" / digest
         self.finished = self._finished()

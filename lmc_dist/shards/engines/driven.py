@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lmc_dist.errors import LmcError
-from lmc_dist.shards.engines.protocol import EngineShards
+from lmc_dist.shards.engines.protocol import EngineShards, check_kept
 from lmc_dist.shards.engines.torch_loop import counter_device
 from lmc_dist.shards.engines.wrappers import find_wrapper
 
@@ -57,6 +57,17 @@ def as_counter(optimizer: Any, value: float, flat: torch.Tensor) -> Any:
         return int(value)
     group = next((g for g in optimizer.param_groups if any(p is flat for p in g["params"])), optimizer.param_groups[0])
     return torch.tensor(value, dtype=torch.float32, device=counter_device(group, flat))
+
+
+def check_flat_state(optimizer: Any, flats: Iterable[torch.Tensor], what: str) -> None:
+    """Checks that the log can hold what an optimizer keeps for DeepSpeed's flat masters, each called `what`. Local.
+
+    Raises:
+        LmcError: Something is neither of a master's shape nor a number.
+    """
+    for i, flat in enumerate(flats):
+        for key, value in optimizer.state.get(flat, {}).items():
+            check_kept(optimizer, key, value, flat.shape, f"{what} {i}")
 
 
 class DeepSpeedShards(EngineShards):

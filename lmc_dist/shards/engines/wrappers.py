@@ -44,6 +44,12 @@ def is_deepspeed_engine(model: Any) -> bool:
     return hasattr(model, "module") and hasattr(model, "set_gradient_accumulation_boundary")
 
 
+def alive(*kinds: type) -> list[Any]:
+    """All objects of some classes that are in use. Local; for those that nothing names, the garbage collector does."""
+    gc.collect()
+    return [o for o in gc.get_objects() if issubclass(type(o), kinds)]
+
+
 def find_wrapper(module: nn.Module, optimizer: Any = None) -> Any:
     """The DeepSpeedEngine or DistributedDataParallel around a module, None without one. Local.
 
@@ -59,8 +65,7 @@ def find_wrapper(module: nn.Module, optimizer: Any = None) -> Any:
     kinds: list[type] = [DistributedDataParallel]
     if "deepspeed.runtime.engine" in sys.modules:
         kinds.append(sys.modules["deepspeed.runtime.engine"].DeepSpeedEngine)
-    gc.collect()  # wrappers that are no longer in use
-    found = [o for o in gc.get_objects() if issubclass(type(o), tuple(kinds)) and getattr(o, "module", None) is module]
+    found = [o for o in alive(*kinds) if getattr(o, "module", None) is module]
     if len(found) > 1:
         number = len(found)
         found = [o for o in found if optimizer is not None and unwrapped(getattr(o, "optimizer", None)) is optimizer]

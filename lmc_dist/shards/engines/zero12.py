@@ -17,8 +17,8 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
-from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, read_counters
-from lmc_dist.shards.engines.protocol import State, check_kept
+from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, check_flat_state, read_counters
+from lmc_dist.shards.engines.protocol import State
 from lmc_dist.shards.engines.replicated import ReplicatedShards
 from lmc_dist.shards.engines.torch_loop import trainable
 from lmc_dist.shards.layout import ShardLayout
@@ -143,9 +143,7 @@ class ZeRO12Shards(WrappedStepShards, ReplicatedShards):
         return [view for _, view in self._views(self._flats.__getitem__)]
 
     def check_state(self) -> None:
-        for i, flat in enumerate(self._flats):
-            for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
-                check_kept(self.base, key, value, flat.shape, f"parameter group {i}")
+        check_flat_state(self.optimizer.optimizer, self._flats, "parameter group")
 
     def read_state(self) -> State:
         self.check_state()

@@ -17,9 +17,9 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.runtime import agreement, cpu_group
-from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, read_counters
+from lmc_dist.shards.engines.driven import WrappedStepShards, as_counter, check_flat_state, read_counters
 from lmc_dist.shards.engines.passes import even_passes, measuring, prepare_pass
-from lmc_dist.shards.engines.protocol import State, check_kept, check_precision
+from lmc_dist.shards.engines.protocol import State, check_precision
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.vector import ShardedVector
 
@@ -107,9 +107,7 @@ class ZeRO3Shards(WrappedStepShards):
         return [self._master(name) for name in self.parameters]
 
     def check_state(self) -> None:
-        for i, flat in enumerate(self.optimizer.fp32_partitioned_groups_flat):
-            for key, value in self.optimizer.optimizer.state.get(flat, {}).items():
-                check_kept(self.base, key, value, flat.shape, f"sub-group {i}")
+        check_flat_state(self.optimizer.optimizer, self.optimizer.fp32_partitioned_groups_flat, "sub-group")
 
     def read_state(self) -> State:
         """(per-element optimizer state by key, scalar state by key), copied. Local."""
