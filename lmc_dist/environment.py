@@ -213,16 +213,23 @@ def deepspeed() -> list[Finding]:
     ops = import_module("deepspeed.ops")
     compatible = ops.__compatible_ops__
     ahead = import_module("deepspeed.git_version_info").installed_ops
-    from torch.utils.cpp_extension import get_default_build_root
-
-    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    states = []
+    built, states = operator_folder(), []
     for name in OPERATORS:
         libraries = list(built.rglob(f"{name}.so")) if built.is_dir() else []
         state = "built" if ahead.get(name) or libraries else "is built at first use"
         states.append(f"{name} {state if compatible.get(name) else 'not compatible'}")
-    version = metadata.version("deepspeed")
-    return [Finding("deepspeed", "ok", f"{version}; operators: {', '.join(states)}")]
+    found = f"{metadata.version('deepspeed')}; operators: {', '.join(states)}"
+    if locks := sorted(built.rglob("lock")) if built.is_dir() else []:
+        advice = f"if nothing is being built now, remove {', '.join(map(str, locks))}: who needs the operator waits for it to go"
+        return [Finding("deepspeed", "warning", f"{found}; a build was begun and not ended", advice)]
+    return [Finding("deepspeed", "ok", found)]
+
+
+def operator_folder() -> Path:
+    """Where operators are built and looked for."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def compiler() -> list[Finding]:

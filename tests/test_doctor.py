@@ -91,3 +91,14 @@ def test_a_bad_target_is_one_line_and_status_2(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: json: there is no folder")
+
+
+def test_a_build_that_was_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert environment.deepspeed()[0].status == "ok"
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    (found,) = environment.deepspeed()
+    assert found.status == "warning" and "a build was begun and not ended" in found.found
+    assert f"remove {lock}" in found.advice

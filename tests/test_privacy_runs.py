@@ -221,8 +221,10 @@ def test_a_loss_that_would_be_too_large_ends_the_run_before_there_is_noise(ranks
     assert "the residual against the reference" in found["statement"]
     found = ranks(2).run(unlearn_job, private(logged, "plain-noise", basis="heuristic", sigma=1e-3))[0][0]["privacy"]
     assert found["certified"] == HEURISTIC and "certified" not in found["statement"]
-    # The prediction, of other draws, is close to what the noise then did.
-    assert found["utility"]["released"] == pytest.approx(found["utility"]["predicted"], abs=1e-3)
+    # The prediction is of pairs ±n, which have no first-order term; what one draw n does has: nᵀ∇L, of deviation σ‖∇L‖.
+    deviation = 1e-3 * max(record.grad_norm for record in TrajectoryLog(logged.log_dir).records())
+    assert deviation < 1e-3
+    assert found["utility"]["released"] == pytest.approx(found["utility"]["predicted"], abs=5 * deviation)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from lmc_dist.shards.frozen import read_frozen, skeleton_of
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.vector import ShardedVector
-from lmc_dist.trajectory.batches import BatchSource, DatasetBatches
+from lmc_dist.trajectory.batches import BLANK, BatchSource, DatasetBatches
 from lmc_dist.trajectory.counterfactual import Counterfactual, EditedMicro, EditedStep
 from lmc_dist.trajectory.record import LossNormalization, MicroRecord, StepLog, StepRecord
 from lmc_dist.trajectory.replay import replay, replay_engine
@@ -403,7 +403,7 @@ def float16_run(config: Config, forgotten: frozenset[int] = frozenset()) -> None
             mine = ids[rank::world_size][m::2]
             batch = collate(dataset.by_id(mine), dataset.pad_token_id)
             batch["labels"][[i in forgotten for i in mine]] = IGNORED
-            batch["index"] = torch.tensor([i for i in mine if i not in forgotten], dtype=torch.long)
+            batch["index"] = torch.tensor([BLANK if i in forgotten else i for i in mine])
             with nullcontext() if m else shards.wrapper.no_sync():
                 with torch.autocast("cpu", torch.float16):
                     loss = shards.wrapper(**batch, num_items_in_batch=items).loss * world_size
