@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                storage = tensor.untyped_storage()
+                storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # a DTensor's own is but its size
                 _, known = self.storages.get(storage._cdata, (None, 0))
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.total += storage.nbytes() - known

@@ -14,7 +14,8 @@ from lmc_dist.runtime import Runtime
 from lmc_dist.shards.fingerprint import model_differences, model_fingerprint
 from lmc_dist.shards.frozen import read_frozen
 from lmc_dist.shards.module import ShardedModule, build_skeleton
-from lmc_dist.training import build_config, build_dataset, build_model, freeze
+from lmc_dist.shards.unloaded import Unloaded, zeros
+from lmc_dist.training import build_config, build_dataset, freeze, open_model
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.manifest import logged_attention
 from lmc_dist.trajectory.record import TrajectoryManifest
@@ -73,16 +74,17 @@ def on_shards(
     return ShardedModule(skeleton, log.layout, device, frozen=frozen)
 
 
-def starting_model(config: Config, model_config: Any, log: TrajectoryLog) -> torch.nn.Module:
+def starting_model(config: Config, model_config: Any, log: TrajectoryLog) -> torch.nn.Module | Unloaded:
     """The model that training started from, as far as a log does not bring it: what is frozen has its value. Local.
 
-    Trained weights are random where nothing is frozen, since the log has them.
+    Trained weights may be anything, since the log has them.
     """
     model = as_logged(config.model, log)
     if model.trainable is None:
-        model = replace(model, path=None)
+        skeleton = build_skeleton(model_config, "cpu", model.attention)
+        return Unloaded(skeleton, zeros(skeleton))
     seed = log.manifest.run.get("config", {}).get("train", {}).get("seed", config.train.seed)
-    return build_model(model, model_config, seed)
+    return open_model(model, model_config, seed)
 
 
 def other_model(manifest: TrajectoryManifest, skeleton: torch.nn.Module) -> tuple[str, str] | None:

@@ -41,7 +41,9 @@ from lmc_dist.runtime import Runtime, agreement, check_replaceable, promoted, re
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine as build_any_engine
 from lmc_dist.shards.frozen import read_frozen
-from lmc_dist.shards.module import attention_refused
+from lmc_dist.shards.module import attention_refused, build_skeleton
+from lmc_dist.shards.pretrained import CheckpointWeights
+from lmc_dist.shards.unloaded import Unloaded
 from lmc_dist.stopping import stop_asked, stopped
 from lmc_dist.trajectory.batches import DatasetBatches, blank_rows
 from lmc_dist.trajectory.counterfactual import Counterfactual
@@ -140,19 +142,38 @@ DROPOUT_NAMES = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
 
 
 def build_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.Module:
-    """The model before training: pretrained weights, or random ones from the seed."""
+    """The model before training, whole and in float32: pretrained weights, or random ones from the seed. Local."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
+    settings = {"attn_implementation": config.attention, "dtype": torch.float32}
     with attention_refused():
         if config.path is not None:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.path, config=model_config, attn_implementation=config.attention, dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_pretrained(config.path, config=model_config, **settings)
         else:
-            model = AutoModelForCausalLM.from_config(model_config, attn_implementation=config.attention)
+            model = AutoModelForCausalLM.from_config(model_config, **settings)
     freeze(model, config.trainable)
     return model
+
+
+def open_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.Module | Unloaded:
+    """As `build_model`, the weights left in the files of a checkpoint whose names are the module's. Local.
+
+    Random weights are made whole, and so are those of a checkpoint that transformers converts as it reads it.
+    """
+    if config.path is None:
+        return build_model(config, model_config, seed)
+    skeleton = build_skeleton(model_config, "cpu", config.attention)
+    weights = CheckpointWeights(Path(config.path), skeleton)
+    if weights.why_not:
+        logger.info("every rank reads all of %s: %s", config.path, weights.why_not)
+        return build_model(config, model_config, seed)
+    if (Path(config.path) / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        skeleton.generation_config = GenerationConfig.from_pretrained(config.path)
+    freeze(skeleton, config.trainable)
+    return Unloaded(skeleton, weights)
 
 
 def freeze(model: torch.nn.Module, trainable: str | None) -> None:
@@ -214,7 +235,7 @@ def engine_name(config: TrainConfig, world_size: int) -> str:
     return f"hsdp-{config.replicas}"
 
 
-def build_engine(model: torch.nn.Module, config: TrainConfig, world_size: int) -> Any:
+def build_engine(model: torch.nn.Module | Unloaded, config: TrainConfig, world_size: int) -> Any:
     """The configured engine with torch's own optimizer: DeepSpeed's, or the `EngineShards` of another. Collective."""
     settings = deepspeed_config(config, world_size) if config.engine == "deepspeed" else {}
     name = engine_name(config, world_size)
@@ -295,7 +316,7 @@ class Trainer:
                 raise LmcError("all samples are forgotten: nothing is left to train on")
             self.micro_steps = micro_steps(train, runtime.world_size)
             self.model_config = build_config(config.model, self.tokenizer)
-            model = build_model(config.model, self.model_config, train.seed)
+            model = open_model(config.model, self.model_config, train.seed)
             if config.online.enabled:  # before an earlier run is removed
                 check_settings(config.online)
                 if runtime.is_main:

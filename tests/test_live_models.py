@@ -24,6 +24,7 @@ from lmc_dist.shards.frozen import skeleton_of
 from lmc_dist.shards.layout import ShardLayout
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.precision import float32_matmuls, matmul_precision
+from lmc_dist.shards.unloaded import Unloaded
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.replay import replay, replay_engine
@@ -114,7 +115,7 @@ def test_the_attention_kernel_is_logged_and_used_again(ranks: Any, tmp_path: Pat
     ):
         model_config = build_config(given.model, tokenizer)
         model = starting_model(given, model_config, log)
-        assert model.config._attn_implementation == used  # type: ignore[union-attr]
+        assert isinstance(model, Unloaded) and model.module.config._attn_implementation == used
         skeleton = logged_skeleton(given, model_config, log, "cpu")
         assert skeleton.config._attn_implementation == used  # type: ignore[union-attr]
         if used == "eager":

@@ -20,6 +20,7 @@ from lmc_dist.planner.work import gradient_work, product_work, training_work
 from lmc_dist.runtime import broadcast_object
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.module import ShardedModule
+from lmc_dist.shards.unloaded import Unloaded
 from lmc_dist.shards.vector import dots
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import edit_step
@@ -40,7 +41,7 @@ def calibrate(
     module: ShardedModule,
     batches: BatchSource,
     first: int,
-    model: Callable[[], torch.nn.Module] | None = None,
+    model: Callable[[], torch.nn.Module | Unloaded] | None = None,
     seconds: float = 10.0,
 ) -> Measured:
     """Times a step near `first`: following it, its gradient, products of 1 and 8 vectors, and the engine's step. Collective.
@@ -139,7 +140,7 @@ def _engine(
     facts: LogFacts,
     batches: BatchSource,
     step: int,
-    model: Callable[[], torch.nn.Module] | None,
+    model: Callable[[], torch.nn.Module | Unloaded] | None,
     gradient: float,
 ) -> tuple[float, float, str]:
     """(seconds of a step of the engine that trained, seconds of building it, where that is from). Collective."""

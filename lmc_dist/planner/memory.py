@@ -209,7 +209,7 @@ def replay_peak(log: LogFacts, passes: Sequence[Pass], world_size: int) -> Peak:
     """Peak of the engine that replays: parameters, gradients, state, the graphs of all blocks of one pass, and DeepSpeed's
     bucket of gradients, which is 2 GB by default however small the model is.
 
-    The model is made whole in every rank's host memory before the engine takes it.
+    DeepSpeed below ZeRO-3 is given the whole model in every rank's host memory, other engines take a parameter at a time.
     """
     model, k = log.model, len(log.state)
     replicas = num_replicas(log.engine) if is_rule(log.engine) else 1
@@ -223,9 +223,11 @@ def replay_peak(log: LogFacts, passes: Sequence[Pass], world_size: int) -> Peak:
     graphs = model.blocks * _BACKWARD.elements(model, passes)
     logits = 3 * max((p.tokens for p in passes), default=0) * model.vocabulary
     read = (2 + k) * own  # θ for checksums, and the snapshot that it starts from
+    largest = max((spec.numel for spec in (*model.parameters, *model.frozen)), default=0)
+    loaded = everything if whole and engine.startswith("deepspeed") else largest
     size = model.itemsize
     work = size * (vectors + gathered + graphs + logits) + log.bucket_bytes
-    return Peak.of(size * read, size * everything, work)
+    return Peak.of(size * read, size * loaded, work)
 
 
 def largest_step(log: LogFacts, world_size: int) -> Passes:

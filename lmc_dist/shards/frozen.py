@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lmc_dist.shards.layout import ParamSpec, ShardLayout, num_replicas
 from lmc_dist.shards.relayout import relayout
+from lmc_dist.shards.unloaded import Unloaded
 from lmc_dist.shards.vector import ShardedVector
 
 # Attributes that DeepSpeed and FSDP2 hang on modules: their own state, with process groups in it.
@@ -35,16 +36,16 @@ def frozen_layout(module: nn.Module, like: ShardLayout) -> ShardLayout | None:
 
 
 @torch.no_grad()
-def read_frozen(module: nn.Module, like: ShardLayout) -> ShardedVector | None:
+def read_frozen(module: nn.Module | Unloaded, like: ShardLayout) -> ShardedVector | None:
     """This rank's shards of the frozen parameters, in host memory; None where there are none. Collective.
 
     They lie by the rule of `like`, or, where that is one of replicas, by `zero3`, so that a sharded module can gather them.
 
     Args:
-        module: Whole, partitioned by ZeRO-3, or sharded by FSDP2.
+        module: Whole, partitioned by ZeRO-3, sharded by FSDP2, or without its weights.
         like: Layout of the trained parameters in the same module.
     """
-    layout = frozen_layout(module, like)
+    layout = frozen_layout(module.module if isinstance(module, Unloaded) else module, like)
     if layout is None:
         return None
     weights = read_weights(module, layout)
@@ -54,16 +55,17 @@ def read_frozen(module: nn.Module, like: ShardLayout) -> ShardedVector | None:
 
 
 @torch.no_grad()
-def read_weights(module: nn.Module, layout: ShardLayout) -> ShardedVector:
+def read_weights(module: nn.Module | Unloaded, layout: ShardLayout) -> ShardedVector:
     """This rank's shards of a module's own weights, float32 or better, in host memory. Local.
 
     Args:
-        module: Whole, partitioned by ZeRO-3, or sharded by FSDP2.
+        module: Whole, partitioned by ZeRO-3, sharded by FSDP2, or without its weights.
         layout: Of the parameters to read, by the rule that the module is divided by.
     """
     shards = {}
     for slot in layout:
-        parameter: Any = module.get_parameter(slot.spec.name)
+        name = slot.spec.name
+        parameter: Any = module.weights(name) if isinstance(module, Unloaded) else module.get_parameter(name)
         if hasattr(parameter, "ds_tensor"):
             shard = parameter.ds_tensor.detach().view(-1)[: slot.local_numel]
         elif isinstance(parameter, DTensor):

@@ -129,7 +129,7 @@ def attention_refused() -> Iterator[None]:
 def build_skeleton(
     config: Any, device: torch.device | str = "cpu", attn_implementation: str | None = "sdpa"
 ) -> nn.Module:
-    """A causal language model from its Hugging Face config: parameters on meta, buffers real, in eval mode.
+    """A causal language model from its Hugging Face config: float32 parameters on meta, buffers real, in eval mode.
 
     Args:
         config: Of the model.
@@ -143,7 +143,7 @@ def build_skeleton(
     from transformers import AutoModelForCausalLM
 
     with attention_refused(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
     model.tie_weights()
     model.config.use_cache = False
     move_buffers(model, torch.device(device))

@@ -153,10 +153,8 @@ class ModelCorrection:
             return self.correction
         started, log, settings = time.perf_counter(), self.log, self.settings
         if settings.replay_head == "all":
-            with agreement(self.group):
-                model = another(self.model)
             theta = log.theta(log.num_steps)
-            self.correction, _ = replayed_correction(log, model, self.batches, settings.request, theta)
+            self.correction, _ = replayed_correction(log, another(self.model), self.batches, settings.request, theta)
         else:
             frozen = read_frozen(self.model, log.layout)
             self.correction = compute_correction(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.checksum import checksum
-from lmc_dist.shards.frozen import read_weights
+from lmc_dist.shards.frozen import read_weights, skeleton_of
+from lmc_dist.shards.unloaded import Unloaded, trained_later
 from lmc_dist.shards.vector import ShardedVector
 
 
@@ -63,26 +63,20 @@ def write_weights(module: nn.Module, theta: ShardedVector) -> None:
         raise LmcError("the model does not hold the corrected weights after they were written")
 
 
-def another(module: nn.Module) -> nn.Module:
-    """A model of the same architecture and frozen weights, whole on every rank. Local.
+def another(module: nn.Module) -> Unloaded:
+    """A model of the same architecture and frozen weights, whose trained weights are written before it is used. Local.
 
-    Raises:
-        LmcError: The module is partitioned and has frozen weights.
+    Its weights are collective where the module is partitioned.
     """
-    if not is_partitioned(module):
-        return deepcopy(module)
-    if frozen := [name for name, p in module.named_parameters() if not p.requires_grad]:
-        raise LmcError(
-            f"replay_head='all' needs a second model, and the frozen weights of this one are partitioned ({frozen[0]}): "
-            "load it before TrainingArguments(deepspeed=…), or choose a replay_head of some steps"
-        )
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import deepspeed as integration
+    skeleton = skeleton_of(module)
+    return Unloaded(skeleton, trained_later(skeleton, lambda name: _whole(module.get_parameter(name))))
 
-    config: Any = module.config
-    present = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()  # or it would be partitioned as well
-    try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
-    finally:
-        integration._hf_deepspeed_config_weak_ref = present
+
+def _whole(parameter: Any) -> torch.Tensor:
+    if not hasattr(parameter, "ds_tensor"):
+        whole: torch.Tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        return whole.detach()
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()  # type: ignore[no-any-return]

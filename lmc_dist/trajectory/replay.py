@@ -19,6 +19,7 @@ from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine, engine_here
 from lmc_dist.shards.engines.driven import NUMERIC
 from lmc_dist.shards.relayout import relayout
+from lmc_dist.shards.unloaded import Unloaded
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.certify import begin
@@ -173,12 +174,12 @@ def check_ranks(log: TrajectoryLog) -> None:
         )
 
 
-def replay_engine(model: torch.nn.Module, log: TrajectoryLog, settings: dict[str, Any] | None = None) -> Any:
+def replay_engine(model: torch.nn.Module | Unloaded, log: TrajectoryLog, settings: dict[str, Any] | None = None) -> Any:
     """An engine of the kind that trained, which repeats the logged run; `destroy()` ends it. Collective.
 
     Args:
-        model: The logged architecture; its trainable weights are overwritten by replay, frozen ones must be those of
-            the run.
+        model: The logged architecture, with or without its weights: trainable ones are overwritten by replay, frozen ones
+            must be those of the run.
         log: The logged run.
         settings: Settings of the engine in place of the logged ones (`EngineShards.settings`, DeepSpeed's configuration).
 

@@ -11,6 +11,7 @@ import torch
 
 from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.relayout import relayout
+from lmc_dist.shards.unloaded import Unloaded
 from lmc_dist.shards.vector import ShardedVector
 from lmc_dist.trajectory.batches import BatchSource
 from lmc_dist.trajectory.counterfactual import Counterfactual
@@ -24,7 +25,7 @@ from lmc_dist.unlearn.correction import Correction
 
 def replayed_correction(
     log: TrajectoryLog,
-    model: torch.nn.Module,
+    model: torch.nn.Module | Unloaded,
     batches: BatchSource,
     request: Counterfactual,
     theta: ShardedVector,
@@ -36,7 +37,7 @@ def replayed_correction(
 
     Args:
         log: The logged run.
-        model: The logged architecture, whole on every rank; trainable weights are overwritten.
+        model: The logged architecture, whole on every rank or without its weights; trainable weights are overwritten.
         batches: Samples by id.
         request: What to leave out; it touches the log.
         theta: θ_τ.

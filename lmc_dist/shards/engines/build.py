@@ -11,19 +11,24 @@ from torch import nn
 
 from lmc_dist.errors import LmcError
 from lmc_dist.shards.engines import DDPShards, SingleShards, UnfusedShards, engine_shards
+from lmc_dist.shards.engines.loading import load_partitioned, load_sharded, load_whole
 from lmc_dist.shards.layout import is_rule, shard_ranks
+from lmc_dist.shards.unloaded import Unloaded
 
 ENGINES = ("deepspeed", "fsdp2", "hsdp-R", "ddp", "single")
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, settings: dict[str, Any]) -> Any:
+def build_engine(
+    name: str, model: nn.Module | Unloaded, make_optimizer: MakeOptimizer, settings: dict[str, Any]
+) -> Any:
     """A DeepSpeed engine, or the shards of another one, ready to train. Collective.
 
     Args:
         name: `deepspeed` with or without a stage behind it (the settings decide), `fsdp2`, `hsdp-R` (FSDP2 in each of R
             replicas), `ddp` or `single`.
-        model: On every rank with the same weights; it goes to this rank's GPU, where there is one.
+        model: On every rank with the same weights, which go to this rank's GPU, where there is one; or one whose weights are
+            still to come, which no rank then holds all of under FSDP2, HSDP and ZeRO-3.
         make_optimizer: The optimizer of a model's trainable parameters.
         settings: DeepSpeed's whole configuration, or what `EngineShards.settings` was.
 
@@ -33,15 +38,22 @@ def build_engine(name: str, model: nn.Module, make_optimizer: MakeOptimizer, set
     if name.startswith("deepspeed"):
         import deepspeed
 
+        if isinstance(model, Unloaded):
+            is_partitioned = settings.get("zero_optimization", {}).get("stage") == 3
+            model = load_partitioned(model, settings) if is_partitioned else load_whole(model)
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=settings)
         shards = engine_shards(engine)
         if isinstance(shards, UnfusedShards):  # steps once on no gradient when it is made, working weights left behind
             shards.write(shards.read())
         return engine
-    model = model.to(own_device())  # DeepSpeed sees to it by itself
+    device = own_device()  # DeepSpeed sees to it by itself
     if name == "fsdp2" or name.startswith("hsdp-"):
-        module = shard_fully(model, settings, mesh_shape(name))
+        whole = model.module if isinstance(model, Unloaded) else model.to(device)
+        module = shard_fully(whole, settings, mesh_shape(name), device)
+        if isinstance(model, Unloaded):
+            load_sharded(module, model.weights, device)
         return engine_shards(module, make_optimizer(module))
+    model = load_whole(model, device) if isinstance(model, Unloaded) else model.to(device)
     if name == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
@@ -84,13 +96,14 @@ def engine_here(name: str) -> str:
     return name if is_possible else "fsdp2"
 
 
-def shard_fully(model: nn.Module, settings: dict[str, Any], shape: tuple[int, ...]) -> nn.Module:
+def shard_fully(model: nn.Module, settings: dict[str, Any], shape: tuple[int, ...], device: torch.device) -> nn.Module:
     """`fully_shard` of the model's units and of the model.
 
     Args:
-        model: Whole on every rank.
+        model: Whole on every rank, or on the meta device.
         settings: `units`, names of modules, without them each block of the model; `param_dtype`, `reduce_dtype`.
         shape: Of the mesh: (shards,) or (replicas, shards).
+        device: Where it computes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -102,8 +115,7 @@ def shard_fully(model: nn.Module, settings: dict[str, Any], shape: tuple[int, ..
         for key in ("param_dtype", "reduce_dtype")
     }
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=settings.get("cast_forward_inputs", True))
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for name in sorted(settings.get("units") or block_names(model), key=lambda unit: -unit.count(".")):
         if name:
             fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
