@@ -58,7 +58,8 @@ def export_model(
             config.use_cache = True
             config.save_pretrained(folder)
             if (generation := getattr(model, "generation_config", None)) is not None:
-                generation.save_pretrained(folder)
+                # not save_pretrained, which refuses what some published models have (a temperature without sampling)
+                generation.to_json_file(folder / "generation_config.json")
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
     every = {name: p.dtype for name, p in model.named_parameters() if name not in dtypes} | dict(dtypes)

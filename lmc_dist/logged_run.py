@@ -15,7 +15,7 @@ from lmc_dist.shards.fingerprint import model_differences, model_fingerprint
 from lmc_dist.shards.frozen import read_frozen
 from lmc_dist.shards.module import ShardedModule, build_skeleton
 from lmc_dist.shards.unloaded import Unloaded, zeros
-from lmc_dist.training import build_config, build_dataset, freeze, open_model
+from lmc_dist.training import build_config, build_dataset, freeze, generate_as_published, open_model
 from lmc_dist.trajectory.batches import DatasetBatches
 from lmc_dist.trajectory.manifest import logged_attention
 from lmc_dist.trajectory.record import TrajectoryManifest
@@ -60,6 +60,7 @@ def logged_skeleton(
     """The model without weights, what is not trained frozen. Local."""
     model = as_logged(config.model, log)
     skeleton = build_skeleton(model_config, device, model.attn_implementation)
+    generate_as_published(skeleton, model)
     freeze(skeleton, model.trainable)
     return skeleton
 

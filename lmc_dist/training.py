@@ -14,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,18 @@ def open_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.Mo
     if weights.why_not:
         logger.info("every rank reads all of %s: %s", config.path, weights.why_not)
         return build_model(config, model_config, seed)
-    if (Path(config.path) / "generation_config.json").exists():
-        from transformers import GenerationConfig
-
-        skeleton.generation_config = GenerationConfig.from_pretrained(config.path)
+    generate_as_published(skeleton, config)
     freeze(skeleton, config.trainable)
     return Unloaded(skeleton, weights)
+
+
+def generate_as_published(module: torch.nn.Module, config: ModelConfig) -> None:
+    """Gives a module the settings of generation that its checkpoint has, to be exported with it. Local."""
+    from transformers import GenerationConfig
+
+    if config.path is not None:
+        with suppress(OSError):  # it has none
+            module.generation_config = GenerationConfig.from_pretrained(config.path)
 
 
 def freeze(model: torch.nn.Module, trainable: str | None) -> None:

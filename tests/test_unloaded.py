@@ -236,12 +236,14 @@ def test_trained_weights_are_left_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_a_checkpoint_published_in_bfloat16(ranks: Any, test_data: Path, tmp_path: Path, engine: str) -> None:
     """Its config says bfloat16; training is in float32, and so is replay."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     source, folder = test_data / "models" / "stories260K", tmp_path / "model"
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
     for file in source.glob("token*"):
         shutil.copy(file, folder)
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"temperature": 0.5, "max_new_tokens": 7}
+    (folder / "generation_config.json").write_text(json.dumps(settings))  # which transformers would not save
     config = engine_config(tmp_path, engine)
     config = replace(
         config,
@@ -253,9 +255,12 @@ def test_a_checkpoint_published_in_bfloat16(ranks: Any, test_data: Path, tmp_pat
         output_dir=str(tmp_path / "clean"),
         progress="none",
     )
-    ranks(2).run(train_job, replace(config, forget=ForgetConfig()))
+    ranks(2).run(train_job, replace(config, forget=ForgetConfig(), model_dir=str(tmp_path / "trained")))
     result = ranks(2).run(run_unlearn, config)[0]
     assert result["rel_error"] == 0, result
+    for written in (tmp_path / "trained", tmp_path / "clean" / "model"):
+        found = GenerationConfig.from_pretrained(written)
+        assert (found.temperature, found.max_new_tokens) == (0.5, 7)
 
 
 def run_unlearn(config: Config) -> dict[str, Any]:
