@@ -43,7 +43,7 @@ from lmc_dist.shards.engines import engine_shards
 from lmc_dist.shards.engines.build import build_engine as build_any_engine
 from lmc_dist.shards.frozen import read_frozen
 from lmc_dist.shards.module import attention_refused, build_skeleton
-from lmc_dist.shards.pretrained import CheckpointWeights
+from lmc_dist.shards.pretrained import CheckpointWeights, checkpoint_folder
 from lmc_dist.shards.unloaded import Unloaded
 from lmc_dist.stopping import stop_asked, stopped
 from lmc_dist.trajectory.batches import DatasetBatches, blank_rows
@@ -165,7 +165,7 @@ def open_model(config: ModelConfig, model_config: Any, seed: int) -> torch.nn.Mo
     if config.path is None:
         return build_model(config, model_config, seed)
     skeleton = build_skeleton(model_config, "cpu", config.attention)
-    weights = CheckpointWeights(Path(config.path), skeleton)
+    weights = CheckpointWeights(checkpoint_folder(config.path), skeleton)
     if weights.why_not:
         logger.info("every rank reads all of %s: %s", config.path, weights.why_not)
         return build_model(config, model_config, seed)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +88,34 @@ def test_what_transformers_converts_is_left_to_it(tmp_path: Path) -> None:
     config = checkpoint(tmp_path / "none", "llama-tied")
     (tmp_path / "none" / "model.safetensors").rename(tmp_path / "none" / "else.safetensors")
     assert "has no model.safetensors" in CheckpointWeights(tmp_path / "none", build_skeleton(config)).why_not
+
+
+def hub_job(folder: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained("some/model")
+    model = open_model(ModelConfig(path="some/model"), config, seed=0)
+    assert isinstance(model, Unloaded)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.weights(name), parameter), name
+    with pytest.raises(OSError, match="some/other"):
+        open_model(ModelConfig(path="some/other"), config, seed=0)
+
+
+def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
+    """The hub is not reached here: its cache is laid out by hand, and everything is told to be offline."""
+    cache = tmp_path / "hub" / "models--some--model"
+    folder = cache / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    checkpoint(folder, "llama-tied", shard="4KB")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(folder.name)
+    code = f"import test_unloaded; test_unloaded.hub_job({str(folder)!r})"
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | offline, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -19,6 +19,21 @@ from lmc_dist.errors import LmcError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+def checkpoint_folder(name: str) -> Path:
+    """Where the weights of a checkpoint are: a folder, or the hub's cache, to which they are brought. Local.
+
+    What cannot be found is left for `from_pretrained` to say.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", INDEX]))
+    except (OSError, ValueError):
+        return Path(name)
+
+
 class CheckpointWeights:
     """A checkpoint's weights by the names of a module.
 
