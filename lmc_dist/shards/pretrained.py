@@ -64,9 +64,9 @@ class CheckpointWeights:
         return value
 
     def _index(self) -> dict[str, str]:
-        """The file of each weight."""
+        """The file of each weight; of a single file and an index transformers takes the file."""
         index = self.folder / INDEX
-        if not index.exists():
+        if (self.folder / SINGLE).exists():
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         try:
             found = json.loads(index.read_text())["weight_map"]
