@@ -29,23 +29,17 @@ def check_files(path: Path) -> None:
     """
     if not path.exists():
         raise LmcError(f"{path} is missing: the log is incomplete")
-    journal = path.with_name(path.name + "-journal")
-    for each in (
-        path,
-        *(
-            p
-            for p in (journal, *map(path.with_name, (f"{path.name}-wal", f"{path.name}-shm")))
-            if p.is_symlink() or p.exists()
-        ),
-    ):
-        require_plain(each)
+    require_plain(path)
+    journal, *others = (path.with_name(f"{path.name}-{suffix}") for suffix in ("journal", "wal", "shm"))
+    for each in (journal, *others):  # which come and go while somebody writes
+        require_plain(each, may_be_missing=True)
     with open(path, "rb") as file:
         header = file.read(20)
     if header and (header[:16] != _MAGIC or header[18:20] != b"\x01\x01"):
         raise LmcError(f"{path} is damaged: it does not begin like a step table")
     try:
         with open(journal, "rb") as file:
-            file.seek(-min(8, journal.stat().st_size), 2)
+            file.seek(max(file.seek(0, 2) - len(_JOURNAL_MAGIC), 0))
             if file.read() == _JOURNAL_MAGIC:
                 raise LmcError(f"{journal} names another journal: no writer of a log leaves such a file")
     except FileNotFoundError:

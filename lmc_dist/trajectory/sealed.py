@@ -75,15 +75,17 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def require_plain(path: Path) -> None:
+def require_plain(path: Path, may_be_missing: bool = False) -> None:
     """Checks that a path is a file or folder itself: links could lead out of the log, devices never end. Local.
 
     Raises:
-        LmcError: It is missing or of another kind.
+        LmcError: It is of another kind, or missing where it may not be.
     """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
+        if may_be_missing:
+            return
         raise LmcError(f"{path} is missing") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         kind = "a symbolic link" if stat.S_ISLNK(mode) else "no plain file"
